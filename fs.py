@@ -1,0 +1,129 @@
+"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, without ever scanning right to left.
+
+While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state at the
+prompt's END. Layer i-1 has finished by then, so nothing is circular, and every scan still runs left to right:
+
+    layer i-1   0 ──► t₁ ──► t₂ ──► … ──► t_T = S          S has seen the question at the prompt's end
+                 ┌───────── gate · norm(S) ◄────┘
+    layer i     S₀ ──► t₁ ──► t₂ ──► … ──► t_T              so S₀ tells t₁ what will be asked
+
+    base = S_T of layer i-1                                        (B, H, N, N), [value, key]
+    base = stop_gradient(base)                                     if detach
+    base = base / max(1e-6, sqrt(mean(base², over N × N)))         if norm, for each batch row and head
+    gate = sigmoid(alpha_i) · scale · schedule(i)
+    S₀   = clip(gate · base, -clip, +clip)                         if clip > 0
+
+Answer tokens start from each layer's state at the end of the prompt, without Future-Seed, so decoding stays causal.
+
+Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml), whose settings these are.
+Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from model import Config, RWKV7
+
+SCHEDULES = ("none", "linear", "cosine")
+GATES = ("scalar", "head", "input")
+
+
+class FutureSeed(nn.Module):
+    """The seed transform and its gates; an instance is the `seed` hook of `model.RWKV7.forward`.
+
+    Args:
+        config: sizes of the model that it seeds.
+        alpha: initial value of every layer's alpha; -2 opens the gate to 0.119, -4 to 0.018.
+        layer_start: the first seeded layer, 0-based; layer 0 has none below it and is never seeded.
+        norm: scale each head's state to root mean square 1.
+        detach: keep the gradient from flowing through the seed into the layer below.
+        clip: bound on the seed's entries; 0 for none.
+        scale: constant factor on every gate.
+        schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at the last:
+            "none" (1 everywhere), "linear" or "cosine".
+        gate: "scalar", one alpha a layer; "head", times the sigmoid of one alpha a head; "input", sigmoid(alpha_i +
+            <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
+        train_alpha: train alpha (and the heads' alphas); otherwise they stay as they start.
+
+    Raises: ValueError naming the setting that is out of range.
+    """
+
+    def __init__(self, config: Config, alpha=-2.0, layer_start=6, norm=True, detach=True, clip=1.0, scale=1.0,
+                 schedule="none", schedule_min=1.0, schedule_max=1.0, gate="scalar", train_alpha=False):
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if gate not in GATES:
+            raise ValueError(f"gate = {gate!r}: must be one of {', '.join(GATES)}")
+        if layer_start < 0:
+            raise ValueError(f"layer_start = {layer_start}: must be 0 or more")
+        if clip < 0:
+            raise ValueError(f"clip = {clip}: must be positive, or 0 for no clipping")
+        self.layer_start = max(1, layer_start)
+        self.norm = norm
+        self.detach = detach
+        self.clip = clip
+        self.scale = scale
+        self.gate = gate
+        self.depth_factor = [
+            depth_factor(layer, self.layer_start, config.n_layer, schedule, schedule_min, schedule_max)
+            for layer in range(config.n_layer)
+        ]
+        L, C, H = config.n_layer, config.n_embd, config.n_head
+        self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
+        if gate == "head":
+            self.alpha_head = nn.Parameter(torch.full((L, H), float(alpha)), requires_grad=train_alpha)
+        if gate == "input":
+            self.input_weight = nn.Parameter(torch.zeros(L, C))
+            self.input_bias = nn.Parameter(torch.zeros(L))
+
+    def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
+        """How much of the state below comes through, broadcastable to (B, H, N, N)."""
+        alpha = self.alpha[layer]
+        if self.gate == "input":
+            drive = x_last.float() @ self.input_weight[layer] / math.sqrt(x_last.shape[-1])    # (B,)
+            gate = torch.sigmoid(alpha + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
+        elif self.gate == "head":
+            gate = torch.sigmoid(alpha) * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
+        else:
+            gate = torch.sigmoid(alpha)
+        return gate * (self.scale * self.depth_factor[layer])
+
+    def forward(self, layer: int, below: torch.Tensor, x_last: torch.Tensor) -> torch.Tensor | None:
+        """The state that `layer` starts the prompt from.
+
+        Args: layer, 0-based; below (B, H, N, N), the terminal state of layer - 1 over this prompt; x_last (B, C), the
+            layer's input at the prompt's last token.
+        Returns: (B, H, N, N) in below's dtype, or None for a layer that is not seeded.
+        """
+        if layer < self.layer_start:
+            return None
+        base = below.detach() if self.detach else below
+        if self.norm:
+            # the floor is under the root, where the gradient of an all-zero state is 0 and not NaN
+            mean_square = base.square().mean(dim=(-2, -1), keepdim=True)
+            base = base / mean_square.clamp_min(1e-12).sqrt()
+        seed = self.gate_of(layer, x_last) * base
+        return seed.clamp(-self.clip, self.clip) if self.clip > 0 else seed
+
+
+def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float, high: float) -> float:
+    """schedule(i): 1 for "none", else from low at layer `start` to high at the last layer."""
+    if schedule == "none":
+        return 1.0
+    seeded_after_start = n_layer - 1 - start
+    progress = 1.0 if seeded_after_start <= 0 else min(1.0, max(0.0, (layer - start) / seeded_after_start))
+    if schedule == "cosine":
+        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+    return low + (high - low) * progress
+
+
+def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None, fs: FutureSeed | None = None):
+    """Read prompts, with Future-Seed if `fs` is given, to the states from which answers are decoded.
+
+    Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
+    Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
+    """
+    return model(tokens, lengths=lengths, seed=fs)

@@ -1,0 +1,378 @@
+"""RWKV-7 "Goose" (x070), exactly as published, small enough to read from top to bottom.
+
+References:
+  the paper, "RWKV-7 Goose with Expressive Dynamic State Evolution", https://arxiv.org/abs/2503.14456
+  the official code, https://github.com/BlinkDL/RWKV-LM, RWKV-v7 (rwkv_v7_numpy.py is the same model in 100 lines)
+
+A block is a time mix (tokens talk to each other, through a matrix state) and a channel mix (channels of one token talk
+to each other). Both first blend each token with the one before it, the token shift. Everything reads left to right.
+The parameters carry the official names, so a state_dict is an official checkpoint and no conversion table exists.
+
+This file knows nothing of Future-Seed but a hook: `seed(layer, below, x_last)` may choose where a layer's state starts.
+
+Shapes: B batch rows, T tokens, C channels (n_embd), H heads, N head size (C = H N), L layers, V vocabulary entries.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from files import atomic_write
+from wkv import wkv
+
+LAYER_NORM_EPS = 1e-5
+HEAD_NORM_EPS = 64e-5     # of ln_x, the norm over each head's readout; the official value at every head size
+
+# (layer, terminal wkv state of the layer below (B, H, N, N), this layer's input at each row's last token (B, C))
+# -> the wkv state that this layer starts from (B, H, N, N), or None for the usual one
+SeedHook = Callable[[int, torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a model. `published` computes them from the official rules, `from_weights` reads them off a file."""
+
+    n_layer: int       # L, blocks
+    n_embd: int        # C, channels of the residual stream
+    head_size: int     # N, side of each head's state matrix
+    vocab_size: int    # V
+    n_ffn: int         # width inside the channel mix
+    rank_w: int        # low-rank adapter of the decay
+    rank_a: int        # of the in-context learning rate
+    rank_v: int        # of the value residual
+    rank_g: int        # of the output gate
+
+    @property
+    def n_head(self) -> int:
+        return self.n_embd // self.head_size
+
+    @classmethod
+    def published(cls, n_layer=12, n_embd=768, head_size=64, vocab_size=65536) -> "Config":
+        """The official sizes for a depth and a width; the defaults are the 0.1b model (191 M parameters)."""
+        def rank(multiplier):
+            return max(32, 32 * round(multiplier * math.sqrt(n_embd) / 32))
+
+        return cls(n_layer, n_embd, head_size, vocab_size, 4 * n_embd, rank(2.5), rank(2.5), rank(1.7), rank(5.0))
+
+    @classmethod
+    def from_weights(cls, weights: dict[str, torch.Tensor]) -> "Config":
+        """Read the sizes off an official state dict. Raises KeyError with the name of a tensor that is missing."""
+        blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
+        if not blocks:
+            raise KeyError("blocks.0.*")
+        n_layer = max(blocks) + 1
+        att = "blocks.0.att."
+        vocab_size, n_embd = weights["emb.weight"].shape
+        head_size = weights[att + "r_k"].shape[1]
+        n_ffn = weights["blocks.0.ffn.key.weight"].shape[0]
+        # block 0 has no value residual; files carry its adapter all the same, or leave it out
+        v1 = weights.get(f"blocks.{min(1, n_layer - 1)}.att.v1")
+        rank_v = 32 if v1 is None else v1.shape[1]
+        ranks = (weights[att + "w1"].shape[1], weights[att + "a1"].shape[1], rank_v, weights[att + "g1"].shape[1])
+        return cls(n_layer, n_embd, head_size, vocab_size, n_ffn, *ranks)
+
+
+class LayerState(NamedTuple):
+    """All that one layer remembers of the tokens before."""
+
+    time_shift: torch.Tensor       # (B, C), the time mix's input at the last token
+    wkv: torch.Tensor              # (B, H, N, N) fp32, [value, key]
+    channel_shift: torch.Tensor    # (B, C), the channel mix's input at the last token
+
+
+def token_shift(x: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]):
+    """Each token's predecessor minus the token, and what the next segment's first token will look back on.
+
+    Args: x (B, T, C); before (B, C), the token before the first; lengths (B,) or None for T everywhere.
+    Returns: difference (B, T, C); last (B, C), `before` itself where a row is empty.
+    """
+    extended = torch.cat([before.unsqueeze(1), x], dim=1)     # (B, T + 1, C)
+    if lengths is None:
+        last = extended[:, -1]
+    else:
+        last = extended[torch.arange(x.shape[0], device=x.device), lengths]
+    return extended[:, :-1] - x, last
+
+
+class TimeMix(nn.Module):
+    """Attention's place in RWKV-7: projections, low-rank adapters, and the WKV-7 state (paper, section 4)."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        C, H, N = config.n_embd, config.n_head, config.head_size
+        self.layer = layer
+
+        # how much of the previous token each projection sees
+        self.x_r = nn.Parameter(torch.zeros(1, 1, C))
+        self.x_w = nn.Parameter(torch.zeros(1, 1, C))
+        self.x_k = nn.Parameter(torch.zeros(1, 1, C))
+        self.x_v = nn.Parameter(torch.zeros(1, 1, C))
+        self.x_a = nn.Parameter(torch.zeros(1, 1, C))
+        self.x_g = nn.Parameter(torch.zeros(1, 1, C))
+
+        # low-rank adapters, x -> bias + f(x @ first) @ second: decay, in-context learning rate, value residual, gate
+        self.w0 = nn.Parameter(torch.zeros(1, 1, C))
+        self.w1 = nn.Parameter(torch.zeros(C, config.rank_w))
+        self.w2 = nn.Parameter(torch.zeros(config.rank_w, C))
+        self.a0 = nn.Parameter(torch.zeros(1, 1, C))
+        self.a1 = nn.Parameter(torch.zeros(C, config.rank_a))
+        self.a2 = nn.Parameter(torch.zeros(config.rank_a, C))
+        # block 0 has nothing below to mix values with: its copy is in official files but plays no part
+        used = layer > 0
+        self.v0 = nn.Parameter(torch.zeros(1, 1, C), requires_grad=used)
+        self.v1 = nn.Parameter(torch.zeros(C, config.rank_v), requires_grad=used)
+        self.v2 = nn.Parameter(torch.zeros(config.rank_v, C), requires_grad=used)
+        self.g1 = nn.Parameter(torch.zeros(C, config.rank_g))
+        self.g2 = nn.Parameter(torch.zeros(config.rank_g, C))
+
+        self.k_k = nn.Parameter(torch.zeros(1, 1, C))    # key -> removal key
+        self.k_a = nn.Parameter(torch.zeros(1, 1, C))    # how far the learning rate scales the replacement key
+        self.r_k = nn.Parameter(torch.zeros(H, N))       # weight of the bonus for the current token
+
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=HEAD_NORM_EPS)
+
+    def forward(self, x, v_first, before, state, padding, lengths):
+        """x (B, T, C), v_first (B, T, C) or None in block 0, before (B, C), state (B, H, N, N), padding (B, T, 1) or
+        None -> output (B, T, C), v_first, last input (B, C), terminal state (B, H, N, N)."""
+        B, T, C = x.shape
+        H, N = self.r_k.shape
+
+        difference, last = token_shift(x, before, lengths)
+        xr = torch.addcmul(x, difference, self.x_r)
+        xw = torch.addcmul(x, difference, self.x_w)
+        xk = torch.addcmul(x, difference, self.x_k)
+        xv = torch.addcmul(x, difference, self.x_v)
+        xa = torch.addcmul(x, difference, self.x_a)
+        xg = torch.addcmul(x, difference, self.x_g)
+
+        r = self.receptance(xr)
+        k = self.key(xk)
+        v = self.value(xv)
+        # decay w = exp(-exp(-0.5) sigmoid(.)), in [0.545, 1): its logarithm is what the operator takes
+        log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + torch.tanh(xw @ self.w1) @ self.w2)
+        learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.layer == 0:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+
+        removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1, eps=1e-12)
+        k = k * (1 + (learning_rate - 1) * self.k_a)
+        if padding is not None:
+            # decay 1, nothing removed, nothing written: the state passes a padding position untouched
+            log_w = log_w.masked_fill(padding, 0)
+            k = k.masked_fill(padding, 0)
+            removal_key = removal_key.masked_fill(padding.unsqueeze(-1), 0)
+
+        def heads(z):
+            return z.to(r.dtype).view(B, T, H, N)
+
+        r, k, v_heads = heads(r), heads(k), heads(v)
+        a = heads(-removal_key)
+        b = heads(removal_key * learning_rate.view(B, T, H, N))
+        y, state = wkv(r, log_w.view(B, T, H, N), k, v_heads, a, b, state)
+
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_heads    # (B, T, H, N)
+        y = self.output((y + bonus.view(B, T, C)) * gate)
+        return y, v_first, last, state
+
+
+class ChannelMix(nn.Module):
+    """A two-layer network on each token, with a squared ReLU (paper, section 4)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.zeros(1, 1, config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.value = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x, before, lengths):
+        """x (B, T, C), before (B, C) -> output (B, T, C), last input (B, C)."""
+        difference, last = token_shift(x, before, lengths)
+        k = self.key(torch.addcmul(x, difference, self.x_k))
+        return self.value(torch.relu(k).square()), last
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)    # of the embedding
+        self.ln1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.ln2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(self, x, v_first, state: LayerState, padding, lengths):
+        mixed, v_first, time_shift, wkv_state = self.att(
+            self.ln1(x), v_first, state.time_shift, state.wkv, padding, lengths
+        )
+        x = x + mixed
+        mixed, channel_shift = self.ffn(self.ln2(x), state.channel_shift, lengths)
+        return x + mixed, v_first, LayerState(time_shift, wkv_state, channel_shift)
+
+
+class RWKV7(nn.Module):
+    """The language model: `hidden, state = model(tokens)`, then `model.head(hidden)` for logits where they are needed."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False    # True: recompute each block in the backward, a fraction of the memory
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def empty_state(self, batch: int) -> list[LayerState]:
+        """What every layer remembers before the first token: nothing."""
+        config, like = self.config, self.ln_out.weight
+        shift = like.new_zeros(batch, config.n_embd)
+        wkv_dtype = torch.promote_types(like.dtype, torch.float32)
+        matrix = like.new_zeros(batch, config.n_head, config.head_size, config.head_size, dtype=wkv_dtype)
+        return [LayerState(shift, matrix, shift)] * config.n_layer
+
+    def forward(self, tokens, state=None, lengths=None, seed: Optional[SeedHook] = None):
+        """Read T more tokens of each row.
+
+        Args:
+            tokens: (B, T) int64, right-padded with any valid id where `lengths` is given.
+            state: what the layers remember, as returned by an earlier call; None before the first token.
+            lengths: (B,) int64 on the tokens' device, each row's own tokens, 0 to T (at least 1 with `seed`); None
+                for T. Results at a row's own tokens, and its states, are as if the row stood alone; hidden vectors at
+                padding positions mean nothing.
+            seed: see SeedHook; asked once for every layer from 1 on. Its answer takes the place of the layer's wkv.
+
+        Returns: hidden (B, T, C) after `ln_out`; state, a list of LayerState, after each row's last token.
+        Raises: ValueError if tokens is not (B, T) with T > 0.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be (B, T) with at least one token, not {tuple(tokens.shape)}")
+        B, T = tokens.shape
+        if state is None:
+            state = self.empty_state(B)
+        padding = None
+        if lengths is not None:
+            padding = (torch.arange(T, device=tokens.device) >= lengths.unsqueeze(1)).unsqueeze(-1)    # (B, T, 1)
+        last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
+        rows = torch.arange(B, device=tokens.device)
+
+        x = self.blocks[0].ln0(self.emb(tokens))
+        v_first = None
+        new_state = []
+        for layer, block in enumerate(self.blocks):
+            before = state[layer]
+            if seed is not None and layer > 0:
+                seeded = seed(layer, new_state[-1].wkv, x[rows, last])
+                if seeded is not None:
+                    before = before._replace(wkv=seeded)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, v_first, after = checkpoint(block, x, v_first, before, padding, lengths, use_reentrant=False)
+            else:
+                x, v_first, after = block(x, v_first, before, padding, lengths)
+            new_state.append(after)
+        return self.ln_out(x), new_state
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RWKV7":
+        """Read an official .pth (any release, bf16 or fp32, saved from any device) into fp32 parameters on the CPU.
+
+        Nothing in the file is executed. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such checkpoint; give --base the path of an official RWKV-7 .pth file")
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:    # torch raises half a dozen types here; all mean that the file is not usable
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{path}: not a readable checkpoint, is it complete? ({reason[:160]})") from error
+        is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+        if not is_dict or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+            raise ValueError(f"{path}: not a state dict of tensors, so not an RWKV-7 checkpoint")
+        try:
+            config = Config.from_weights(weights)
+            with torch.device("meta"):    # shapes only: the file's tensors become the parameters
+                model = cls(config)
+        except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint, cannot read its sizes from {error}") from error
+
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name in ("v0", "v1", "v2"):
+            name = f"blocks.0.att.{name}"
+            weights.setdefault(name, torch.zeros(expected[name]))
+        wrong = [f"{name} is missing" for name in expected if name not in weights]
+        wrong += [f"{name} is unknown" for name in weights if name not in expected]
+        wrong += [
+            f"{name} is {tuple(weights[name].shape)}, not {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in weights and weights[name].shape != shape
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: {'; '.join(wrong[:3])}{more}")
+        model.load_state_dict({name: weights[name].float() for name in expected}, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not re.fullmatch(r"blocks\.0\.att\.v[012]", name))
+        return model
+
+    def save(self, path: str | Path) -> None:
+        """Write an official-format .pth of fp32 CPU tensors, whole or not at all. `load` gives back the same bits."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_write(path) as file:
+            torch.save(weights, file)
+
+    @classmethod
+    @torch.no_grad()
+    def init(cls, config: Config, seed: int = 0) -> "RWKV7":
+        """A fresh model with the published initialisation (RWKV-LM, RWKV-v7/train_temp/src/model.py)."""
+        random = torch.Generator().manual_seed(seed)
+        model = cls(config)
+        C, N, L, V = config.n_embd, config.head_size, config.n_layer, config.vocab_size
+        channel = torch.arange(C) / C                            # 0 .. 1
+        linear = torch.arange(C) / max(C - 1, 1) - 0.5           # -0.5 .. 0.5
+        zigzag = (torch.arange(C) % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
+        zigzag = zigzag * zigzag.abs()                           # -1 .. 1 within each head
+
+        def orthogonal(tensor, gain=1.0):
+            nn.init.orthogonal_(tensor, gain=gain, generator=random)
+
+        nn.init.uniform_(model.emb.weight, -1e-4, 1e-4, generator=random)
+        orthogonal(model.head.weight, 0.5 * math.sqrt(V / C) if V > C else 0.5)
+        for layer, block in enumerate(model.blocks):
+            depth = layer / max(L - 1, 1)        # 0 in the first block, 1 in the last
+            shallow = 1 - layer / L              # 1 in the first block, almost 0 in the last
+            att, ffn = block.att, block.ffn
+            mixes = (att.x_r, 0.2), (att.x_w, 0.9), (att.x_k, 0.7), (att.x_v, 0.7), (att.x_a, 0.9), (att.x_g, 0.2)
+            for mix, power in mixes:
+                mix.copy_((1 - channel ** (power * shallow)).view(1, 1, C))
+            ffn.x_k.copy_((1 - channel ** (shallow ** 4)).view(1, 1, C))
+            att.w0.copy_((-6 + 6 * (linear + 0.5) ** (1 + depth ** 0.3) + 0.5 + 2.5 * zigzag).view(1, 1, C))
+            att.a0.copy_((-0.19 + 0.3 * zigzag + 0.4 * linear).view(1, 1, C))
+            att.v0.copy_((0.73 - 0.4 * linear).view(1, 1, C))
+            for second in (att.w2, att.a2, att.v2, att.g2):    # the first matrices stay zero: adapters start silent
+                orthogonal(second, 0.1 * max(1.0, math.sqrt(second.shape[0] / second.shape[1])))
+            att.k_k.copy_((0.71 - 0.1 * linear).view(1, 1, C))
+            att.k_a.fill_(1.02)
+            att.r_k.fill_(-0.04)
+            orthogonal(att.receptance.weight)
+            orthogonal(att.key.weight, 0.1)
+            orthogonal(att.value.weight)
+            orthogonal(ffn.key.weight)
+            nn.init.zeros_(att.output.weight)
+            nn.init.zeros_(ffn.value.weight)
+            att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
+        return model

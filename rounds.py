@@ -1,0 +1,196 @@
+"""What a round is: one recipe, run with and without Future-Seed, as written in rounds.toml.
+
+A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. Reference: the
+experiment log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROUNDS_FILE = Path(__file__).resolve().parent / "rounds.toml"
+
+CHOICES = {
+    "task": ("arc", "hotpotqa"),
+    "order": ("context_first", "question_first"),
+    "fs_schedule": ("none", "linear", "cosine"),
+    "fs_gate": ("scalar", "head", "input"),
+}
+AT_LEAST = {
+    "max_prompt": 1, "min_prompt": 0, "max_answer": 1, "n_train": 1, "n_val": 1, "batch_size": 1,
+    "micro_batch_size": 0, "steps": 0, "eval_every": 1, "lr": 0, "weight_decay": 0, "fs_alpha_lr": 0, "fs_gate_lr": 0, "fs_layer_start": 0, "fs_clip": 0,
+}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the experiment log reported for a round; d_acc are the seeds' differences, prompt_fs minus no_fs."""
+
+    script: str
+    summary: str
+    d_acc: tuple[float, ...]
+    mean: float
+    std: float      # population standard deviation, as the log's
+    d_loss: float
+    status: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One recipe. Lengths in tokens; the fs_ settings are those of fs.FutureSeed."""
+
+    name: str
+    title: str
+    base: str                  # file name of the official checkpoint to post-train
+    seeds: tuple[int, ...]     # the log's seeds; a run's seed draws its batches
+    task: str                  # "arc" or "hotpotqa"
+    order: str                 # "context_first" (options first, question after) or "question_first"
+    max_prompt: int            # longer prompts keep their last tokens
+    min_prompt: int            # shorter prompts are skipped
+    max_answer: int            # longer answers keep their first tokens
+    n_train: int
+    n_val: int
+    data_seed: int
+    validation_seed: int
+    batch_size: int
+    micro_batch_size: int      # rows at once in one process, the gradient summed over pieces; 0 for the whole batch
+    checkpoint_activations: bool    # recompute blocks in the backward: a fraction of the memory, a third more time
+    steps: int
+    eval_every: int            # steps between evaluations, each on the whole validation set
+    lr: float
+    weight_decay: float
+    fs_alpha: float
+    fs_alpha_lr: float         # 0 keeps alpha as it starts
+    fs_layer_start: int
+    fs_norm: bool
+    fs_detach: bool
+    fs_clip: float
+    fs_scale: float
+    fs_schedule: str
+    fs_schedule_min: float
+    fs_schedule_max: float
+    fs_gate: str
+    fs_gate_lr: float
+    log: Log | None = None
+
+    def settings(self) -> dict:
+        """All that decides a run but its seed, as plain JSON values."""
+        values = dataclasses.asdict(self)
+        for key in ("log", "seeds", "title"):
+            del values[key]
+        return values
+
+    def fs_settings(self) -> dict:
+        """The keyword arguments of fs.FutureSeed."""
+        names = ("alpha", "layer_start", "norm", "detach", "clip", "scale", "schedule", "schedule_min", "schedule_max",
+                 "gate")
+        return {name: getattr(self, f"fs_{name}") for name in names} | {"train_alpha": self.fs_alpha_lr > 0}
+
+
+SETTINGS = {field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")}
+
+
+def checked(key: str, value, kind: type, where: str):
+    """`value` as the type of the setting `key`; ValueError with one line that says what is wrong and where."""
+    if kind in (tuple[int, ...], tuple[float, ...]):
+        item = kind.__args__[0]
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"{where}: {key} must be a list of numbers, not {value!r}")
+        return tuple(checked(key, number, item, where) for number in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
+    if kind is float and not abs(value) < float("inf"):
+        raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+    if key in AT_LEAST and value < AT_LEAST[key]:
+        raise ValueError(f"{where}: {key} must be {AT_LEAST[key]} or more, not {value}")
+    return value
+
+
+def known(key: str, keys, where: str) -> str:
+    if key not in keys:
+        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(keys)}")
+    return key
+
+
+def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) -> dict:
+    """The settings of a round with all that it inherits, nearest first."""
+    if name in below:
+        raise ValueError(f"{where}: {' inherits from '.join((*below, name))}, a circle")
+    if name not in tables or "parts" in tables[name]:
+        raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not a round")
+    own = {key: value for key, value in tables[name].items() if key not in ("inherits", "log")}
+    parent = tables[name].get("inherits")
+    inherited = tables.get("defaults", {}) if parent is None else resolve(parent, tables, where, (*below, name))
+    return {**inherited, **own}
+
+
+def read_rounds(path: str | Path) -> dict:
+    """The raw tables of a rounds file. Raises OSError, or ValueError naming the file."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from error
+
+
+def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
+    """Every round of a rounds file by name. Raises ValueError, one line, for an unknown key or a wrong type."""
+    tables = read_rounds(path)
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} = {table!r} stands outside of a round; put it under [defaults]")
+    rounds = {}
+    for name, table in tables.items():
+        where = f"{path}, [{name}]"
+        if name == "defaults" or "parts" in table:
+            continue
+        values = {
+            key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
+            for key, value in resolve(name, tables, where).items()
+        }
+        missing = [key for key in SETTINGS if key not in values]
+        if missing:
+            raise ValueError(f"{where}: {', '.join(missing)} not set")
+        rounds[name] = Round(name=name, log=read_log(table, where), **values)
+    return rounds
+
+
+def read_log(table: dict, where: str) -> Log | None:
+    if "log" not in table:
+        return None
+    fields = {field.name: field.type for field in dataclasses.fields(Log)}
+    if not isinstance(table["log"], dict) or set(table["log"]) != set(fields):
+        raise ValueError(f"{where}: log must hold {', '.join(fields)}, no more and no less")
+    return Log(**{key: checked(key, value, fields[key], where) for key, value in table["log"].items()})
+
+
+def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
+    """Round names with those that stand for several (R9) replaced by their parts; ValueError for an unknown one."""
+    tables = read_rounds(path)
+    rounds = [name for name in tables if name != "defaults"]
+    expanded = []
+    for name in names:
+        if name not in rounds:
+            raise ValueError(f"no round is called {name!r}; the rounds are {', '.join(rounds)}")
+        expanded += tables[name].get("parts", [name])
+    return list(dict.fromkeys(expanded))
+
+
+def with_settings(round: Round, pairs: list[str]) -> Round:
+    """The round with `key=value` pairs from the command line applied. Values are TOML, or plain words for strings."""
+    changes = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: write key=value")
+        known(key, SETTINGS, f"--set {pair}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        changes[key] = checked(key, value, SETTINGS[key], f"--set {pair}")
+    return dataclasses.replace(round, **changes)
