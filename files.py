@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, Iterator
 
+import torch
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -34,3 +36,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def save_tensors(value, path: str | Path) -> None:
+    """torch.save, whole or not at all. Raises OSError, also for a full disk, which torch calls a RuntimeError."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0][:120]})") from error

@@ -83,7 +83,8 @@ class FutureSeed(nn.Module):
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
         alpha = self.alpha[layer]
         if self.gate == "input":
-            drive = x_last.float() @ self.input_weight[layer] / math.sqrt(x_last.shape[-1])    # (B,)
+            # a sum and not a matrix product, which autocast would round to bf16
+            drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])    # (B,)
             gate = torch.sigmoid(alpha + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
         elif self.gate == "head":
             gate = torch.sigmoid(alpha) * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)

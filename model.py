@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files import atomic_write
+from files import save_tensors
 from wkv import wkv
 
 LAYER_NORM_EPS = 1e-5
@@ -63,14 +63,16 @@ class Config:
 
     @classmethod
     def from_weights(cls, weights: dict[str, torch.Tensor]) -> "Config":
-        """Read the sizes off an official state dict. Raises KeyError with the name of a tensor that is missing."""
+        """Read the sizes off an official state dict. Raises KeyError or ValueError where they cannot be had."""
         blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
         if not blocks:
             raise KeyError("blocks.0.*")
         n_layer = max(blocks) + 1
         att = "blocks.0.att."
         vocab_size, n_embd = weights["emb.weight"].shape
-        head_size = weights[att + "r_k"].shape[1]
+        n_head, head_size = weights[att + "r_k"].shape
+        if n_head * head_size != n_embd:
+            raise ValueError(f"{n_head} heads of {head_size} for {n_embd} channels")
         n_ffn = weights["blocks.0.ffn.key.weight"].shape[0]
         # block 0 has no value residual; files carry its adapter all the same, or leave it out
         v1 = weights.get(f"blocks.{min(1, n_layer - 1)}.att.v1")
@@ -332,8 +334,7 @@ class RWKV7(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write an official-format .pth of fp32 CPU tensors, whole or not at all. `load` gives back the same bits."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(path) as file:
-            torch.save(weights, file)
+        save_tensors(weights, path)
 
     @classmethod
     @torch.no_grad()

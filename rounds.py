@@ -98,7 +98,7 @@ def checked(key: str, value, kind: type, where: str):
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{where}: {key} must be a list of numbers, not {value!r}")
         return tuple(checked(key, number, item, where) for number in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**53:    # the integers that a float holds exactly
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
@@ -119,6 +119,8 @@ def known(key: str, keys, where: str) -> str:
 
 def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) -> dict:
     """The settings of a round with all that it inherits, nearest first."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not the name of a round")
     if name in below:
         raise ValueError(f"{where}: {' inherits from '.join((*below, name))}, a circle")
     if name not in tables or "parts" in tables[name]:
@@ -146,6 +148,8 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
     rounds = {}
     for name, table in tables.items():
         where = f"{path}, [{name}]"
+        if "parts" in table:
+            check_parts(table, tables, where)
         if name == "defaults" or "parts" in table:
             continue
         values = {
@@ -157,6 +161,14 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
             raise ValueError(f"{where}: {', '.join(missing)} not set")
         rounds[name] = Round(name=name, log=read_log(table, where), **values)
     return rounds
+
+
+def check_parts(table: dict, tables: dict, where: str) -> None:
+    """A round of parts holds nothing else, and its parts are rounds."""
+    parts = table["parts"]
+    names = [name for name in tables if name != "defaults" and "parts" not in tables[name]]
+    if len(table) > 1 or not isinstance(parts, list) or not parts or any(part not in names for part in parts):
+        raise ValueError(f"{where}: parts must be a list of rounds of this file and stand alone, not {table}")
 
 
 def read_log(table: dict, where: str) -> Log | None:

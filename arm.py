@@ -1,0 +1,370 @@
+"""One arm of a run: the loss, the training loop, and a folder that survives whatever happens to the process.
+
+An arm lives in runs/R8/seed1/no_fs or .../prompt_fs:
+
+    run.json         settings, data and base by fingerprint, versions, device, status
+    metrics.jsonl    a line a step (train_loss) and a line an evaluation
+    records.jsonl    a line an example and evaluation: all that eval.py needs
+    checkpoint.pt    while it runs: all that is needed to go on, on the CPU bit for bit
+    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own parameters
+
+Everything that decides the numbers is a function of (base, settings, seed, step): batches are drawn by step, there is
+no dropout, and the two arms differ in nothing but the seed of fs.py. So a checkpoint is weights, optimiser and step.
+Several processes (torchrun) share each batch's rows and each evaluation's examples.
+
+Shapes: B batch rows, T prompt tokens, A answer tokens, C channels, V vocabulary entries.
+"""
+
+import json
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import batches, collate, fingerprint
+from files import atomic_write, save_tensors
+from fs import FutureSeed, prefill
+from model import RWKV7
+from rounds import Round
+from score import score, summarise
+
+SECONDS_BETWEEN_CHECKPOINTS = 300
+SECONDS_BETWEEN_LINES = 2
+TOKENS_PER_EVALUATION_BATCH = 16384
+
+
+# ---- processes, devices, words --------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, after everything was saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
+
+
+stop_requested: list[int] = []    # numbers of the signals received
+
+
+def request_stop(number, frame) -> None:
+    stop_requested.append(number)
+    signal.signal(number, signal.default_int_handler)    # a second one stops at once
+    say("finishing this step, then saving; once more to stop at once")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def gathered(items: list) -> list:
+    """Every process's items, in the order of the processes, on every process."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---- one arm -------------------------------------------------------------------------------------------------------
+
+class Arm(nn.Module):
+    """A model and, in the prompt_fs arm, its seed. Its forward is the training loss of a batch."""
+
+    def __init__(self, model: RWKV7, fs: FutureSeed | None):
+        super().__init__()
+        self.model = model
+        self.fs = fs
+
+    def forward(self, prompt, prompt_lengths, answer, answer_lengths):
+        """Each example's loss, as in the log: the first answer token's, plus the mean of the other tokens'.
+
+        Args: prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as data.collate gives them.
+        Returns: (B,) fp32, negative log likelihoods in nats. Only answer positions get logits: (B, A, V), not
+        (B, T, V), which would be a gigabyte at T = 4096.
+        """
+        hidden, state = prefill(self.model, prompt, prompt_lengths, self.fs)
+        rows = torch.arange(len(prompt), device=prompt.device)
+        before_answer = hidden[rows, prompt_lengths - 1].unsqueeze(1)    # (B, 1, C), predicts the first token
+        if answer.shape[1] > 1:
+            hidden, _ = self.model(answer[:, :-1], state=state, lengths=answer_lengths - 1)
+            before_answer = torch.cat([before_answer, hidden], dim=1)    # (B, A, C)
+        logits = self.model.head(before_answer)                          # (B, A, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none").view(answer.shape)
+        positions = torch.arange(answer.shape[1], device=answer.device)
+        rest = (positions > 0) & (positions < answer_lengths.unsqueeze(1))
+        rest_loss = loss.masked_fill(~rest, 0).sum(dim=1) / (answer_lengths - 1).clamp_min(1)
+        return loss[:, 0] + rest_loss
+
+
+def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only, and learning rates of their own for Future-Seed's parameters."""
+    matrices, others = [], []
+    for name, parameter in arm.model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = name.endswith(".weight") and parameter.ndim == 2
+            (matrices if is_matrix else others).append(parameter)
+    groups = [
+        {"params": matrices, "lr": round.lr, "weight_decay": round.weight_decay},
+        {"params": others, "lr": round.lr, "weight_decay": 0.0},
+    ]
+    if arm.fs is not None:
+        for name, parameter in arm.fs.named_parameters():
+            if parameter.requires_grad:
+                lr = round.fs_alpha_lr if name.startswith("alpha") else round.fs_gate_lr
+                groups.append({"params": [parameter], "lr": lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, fused=True)
+
+
+@dataclass
+class Progress:
+    """What a resumable checkpoint holds beside weights and optimiser."""
+
+    step: int = 0             # optimiser steps taken
+    seconds: float = 0.0      # spent in them
+    metrics: list[dict] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+
+
+class ArmRun:
+    """One arm of one seed of a round, from its folder to its folder."""
+
+    def __init__(self, round: Round, seed: int, arm_name: str, base, train, validation, tokenizer, folder: Path, args):
+        self.round = round
+        self.seed = seed
+        self.name = f"{round.name} seed {seed} {arm_name}"
+        self.train_examples = train
+        self.validation_examples = validation
+        self.tokenizer = tokenizer
+        self.device = torch.device(args.device)
+        self.minutes = args.minutes
+        self.folder = folder
+        self.identity = {
+            "round": round.name, "seed": seed, "arm": arm_name, "standin": False,
+            "settings": round.settings(), "minutes": args.minutes, "base": base.identity,
+            "data": {"train": fingerprint(train), "validation": fingerprint(validation)},
+        }
+        self.surroundings = {
+            "device": device_name(self.device), "threads": torch.get_num_threads(), "world_size": world_size(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        }
+        self.base = base
+        self.progress = Progress()
+        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []    # step, losses not yet read from the device, ids
+        self.last_save = time.monotonic()
+        self.last_line = 0.0
+
+    def state(self) -> str:
+        """ "absent", "running" or "done", from run.json. Raises ValueError where another run is in the folder."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            return "absent"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            status, identity = found["status"], {key: found[key] for key in self.identity}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({error!r}); use --fresh to start over") from error
+        different = differences(identity, json.loads(json.dumps(self.identity)))
+        if different:
+            raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(different)}; use --fresh to "
+                             "replace it or --runs DIR to keep both")
+        changed = differences({key: found.get(key) for key in self.surroundings}, self.surroundings)
+        if changed and status != "done":
+            say(f"{self.name}: resuming elsewhere ({'; '.join(changed)}); the last bits may differ")
+        return status
+
+    def run(self) -> None:
+        """Train to the end of the budget, evaluating on the way, and leave the folder complete."""
+        torch.manual_seed(self.seed)
+        model = self.base.model().to(self.device)
+        model.checkpoint_activations = self.round.checkpoint_activations
+        fs = None
+        if self.identity["arm"] == "prompt_fs":
+            fs = FutureSeed(model.config, **self.round.fs_settings()).to(self.device)
+        self.arm = Arm(model, fs)
+        self.optimizer = make_optimizer(self.arm, self.round)
+        self.resume()
+        self.write_run("running")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, request_stop)
+        trainer = nn.parallel.DistributedDataParallel(self.arm) if world_size() > 1 else self.arm
+        stream = batches(self.train_examples, self.round.batch_size, self.seed, start=self.progress.step)
+        while True:
+            finished = self.finished()
+            if (finished or self.progress.step % self.round.eval_every == 0) and not self.evaluated():
+                self.evaluate()
+                self.save()
+            if finished:
+                break
+            if stop_requested:
+                self.save()
+                raise Stopped(f"{self.name}: stopped after step {self.progress.step}; run the same command to go on",
+                              stop_requested[0])
+            self.train_step(trainer, next(stream))
+            if time.monotonic() - self.last_save > SECONDS_BETWEEN_CHECKPOINTS:
+                self.save()
+        if is_main():
+            model.save(self.folder / "model.pth")
+            if fs is not None:
+                save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()}, self.folder / "fs.pth")
+            self.write_run("done")
+            (self.folder / "checkpoint.pt").unlink()
+
+    def finished(self) -> bool:
+        """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
+        if self.minutes is None:
+            return self.progress.step >= self.round.steps
+        seconds = torch.tensor(self.progress.seconds)
+        if world_size() > 1:
+            dist.broadcast(seconds, 0)    # the ranks' clocks differ and all must stop at the same step
+        return seconds.item() >= 60 * self.minutes
+
+    def evaluated(self) -> bool:
+        return any("loss" in line and line["step"] == self.progress.step for line in self.progress.metrics)
+
+    def train_step(self, trainer: nn.Module, batch) -> None:
+        """One optimiser step on a batch, this process's share of it in pieces of micro_batch_size rows."""
+        started = time.monotonic()
+        share = batch[rank()::world_size()]
+        piece = self.round.micro_batch_size or len(batch)
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for i in range(0, len(share), piece):
+            tensors = [t.to(self.device, non_blocking=True) for t in collate(share[i:i + piece])]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = trainer(*tensors)
+            # DistributedDataParallel averages over processes: world_size makes it the mean over the whole batch
+            (loss.sum() * (world_size() / len(batch))).backward()
+            losses.append(loss.detach())
+        self.optimizer.step()
+        self.progress.step += 1
+        self.pending.append((self.progress.step, torch.cat(losses), [example.id for example in share]))
+        self.progress.seconds += time.monotonic() - started
+        if time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.read_losses()
+            self.print_progress(sum(len(example.prompt) + len(example.answer) for example in batch))
+
+    def read_losses(self) -> None:
+        """Bring the losses since the last call from the device, which waits for it, and stop if one is not finite."""
+        for step, losses, ids in self.pending:
+            losses = gathered(losses.tolist())
+            mean = sum(losses) / len(losses)
+            if not mean < float("inf"):
+                at_checkpoint = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+                raise ValueError(f"{self.name}: the loss at step {step} is {mean} (examples {', '.join(gathered(ids))}); "
+                                 f"{at_checkpoint}; a lower lr may help, as in --set lr={self.round.lr / 3:.1g}")
+            self.progress.metrics.append({"step": step, "train_loss": mean})
+        self.pending.clear()
+
+    def print_progress(self, tokens: int) -> None:
+        step, seconds = self.progress.step, self.progress.seconds
+        total = self.round.steps if self.minutes is None else f"~{int(step * 60 * self.minutes / seconds)}"
+        left = seconds / step * (self.round.steps - step) if self.minutes is None else 60 * self.minutes - seconds
+        loss = self.progress.metrics[-1]["train_loss"]
+        say(f"{self.name}: step {step}/{total}, loss {loss:.3f}, {tokens * step / seconds:,.0f} tokens/s, "
+            f"{duration(left)} left")
+        self.last_line = time.monotonic()
+
+    def evaluate(self) -> None:
+        """Score the whole validation set and append what came out."""
+        self.read_losses()
+        step = self.progress.step
+        self.arm.eval()
+        records = score(
+            self.arm.model, self.validation_examples[rank()::world_size()], self.arm.fs, device=self.device,
+            batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.round.max_prompt), task=self.round.task, step=step, tokenizer=self.tokenizer,
+            autocast=torch.bfloat16 if self.device.type == "cuda" else None,
+        )
+        self.arm.train()
+        by_id = {record["id"]: record for record in gathered(records)}
+        records = [by_id[example.id] for example in self.validation_examples]
+        self.progress.records += records
+        self.progress.metrics.append({"step": step, **summarise(records)})
+        last = self.progress.metrics[-1]
+        say(f"{self.name}: step {step}, validation loss {last['loss']:.4f}, token accuracy {last['accuracy']:.4f}, "
+            f"exact match {last['exact']:.4f}, F1 {last['f1']:.4f}")
+
+    # -- what is kept on the disk
+
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint.pt").exists()
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, if there is one."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            self.arm.load_state_dict(saved["arm"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.progress = Progress(**saved["progress"])
+        except Exception as error:    # a damaged file raises half a dozen types
+            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); use --fresh to start over") from error
+        say(f"{self.name}: going on from step {self.progress.step}")
+
+    def save(self) -> None:
+        """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
+        self.read_losses()
+        self.last_save = time.monotonic()
+        if not is_main():
+            return
+        progress = vars(self.progress)
+        try:
+            state = {"arm": self.arm.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": progress}
+            save_tensors(state, self.folder / "checkpoint.pt")
+            for name in ("metrics", "records"):
+                with atomic_write(self.folder / f"{name}.jsonl", "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in progress[name])
+            self.write_run("running")
+        except OSError as error:
+            kept = "the previous checkpoint is kept" if self.has_checkpoint() else "nothing was saved before"
+            raise OSError(f"{self.folder}: cannot save at step {self.progress.step} ({error.strerror or error}); {kept}; free some space "
+                          "and run the same command to go on") from error
+
+    def write_run(self, status: str) -> None:
+        if is_main():
+            progress = {"status": status, "steps": self.progress.step, "seconds": int(self.progress.seconds)}
+            with atomic_write(self.folder / "run.json", "w") as file:
+                json.dump(self.identity | self.surroundings | progress, file, indent=1)
+
+
+def differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Where two nested dicts differ, as `key: found, now wanted`."""
+    lines = []
+    for key in wanted:
+        if isinstance(wanted[key], dict) and isinstance(found.get(key), dict):
+            lines += differences(found[key], wanted[key], f"{prefix}{key}.")
+        elif found.get(key) != wanted[key]:
+            lines.append(f"{prefix}{key} was {found.get(key)}, now {wanted[key]}")
+    return lines

@@ -1,0 +1,180 @@
+"""What runs left on the disk, read back and checked: nothing damaged, and nothing unlike, is ever averaged.
+
+A run is runs/<round>/seed<N>/<arm>/ with run.json (settings, data, base, status) and records.jsonl, a line an
+example and evaluation: step, id, tokens (of the answer), correct (of them, right under teacher forcing),
+loss, exact, f1 and, for people, option, gold and text. arm.py writes them, score.py says what they mean.
+
+Shapes: S seeds, 2 arms, K evaluations, n examples, M = 4 metrics.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+ARMS = ("no_fs", "prompt_fs")
+METRICS = ("acc", "loss", "EM", "F1")
+FIELDS = itemgetter("step", "id", "correct", "tokens", "loss", "exact", "f1")
+SAME_EVERYWHERE = ("settings", "minutes", "base", "data", "standin")    # in all seeds and arms of a round
+AGAIN = "run this arm again with --fresh"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The seeds of one round, arms side by side."""
+
+    name: str
+    seeds: list[int]
+    ids: list[str]              # of the examples, sorted
+    # (seed, arm): steps (K,), scores (K, n, M)
+    tables: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+    run: dict                   # run.json of one arm: what is SAME_EVERYWHERE
+    unfinished: list[str]       # arms whose status is not "done"
+
+    def last(self) -> np.ndarray:
+        """Every arm's last evaluation, (S, 2, n, M)."""
+        return np.array([[self.tables[seed, arm][1][-1] for arm in ARMS] for seed in self.seeds])
+
+    def accuracies(self) -> np.ndarray:
+        """Token accuracies at every evaluation, (S, 2, K, n); the last K where some arms have more."""
+        K = min(len(steps) for steps, _ in self.tables.values())
+        return np.array([[self.tables[seed, arm][1][-K:, :, 0] for arm in ARMS] for seed in self.seeds])
+
+
+def read_run(folder: Path) -> dict:
+    """An arm's run.json, checked. Raises ValueError or FileNotFoundError naming the file."""
+    path = folder / "run.json"
+    round_name, seed, arm = folder.parent.parent.name, folder.parent.name, folder.name
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        here = run["round"], f"seed{run['seed']}", run["arm"]
+        if not isinstance(run["settings"], dict) or not isinstance(run["data"], dict) or "status" not in run:
+            raise KeyError("settings, data, status")
+    except FileNotFoundError:
+        command = f"python train.py --round {round_name} --seed {seed.removeprefix('seed')}"
+        raise FileNotFoundError(f"{folder}: this arm is missing; run {command}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); {AGAIN}") from error
+    if here != (round_name, seed, arm):
+        raise ValueError(f"{path}: describes {' '.join(map(str, here))}; put the folder back in its place")
+    return run
+
+
+def read_records(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """records.jsonl -> sorted ids (n,), steps (K,), scores (K, n, M). Raises ValueError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing, nothing was scored yet; run train.py to the end") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text; {AGAIN}") from error
+    try:
+        # one call of json for the whole file is several times faster than one a line
+        rows = [FIELDS(record) for record in json.loads(f"[{','.join(lines)}]")]
+        steps, ids, *numbers = zip(*rows)
+        values = np.array(numbers, dtype=float)    # (5, K n)
+        well_formed = len(rows) == len(lines) and {*map(type, steps)} == {int} and {*map(type, ids)} == {str}
+    except (ValueError, TypeError, KeyError):
+        well_formed = False
+    if not well_formed:
+        bad_line = next((number for number, line in enumerate(lines, 1) if not is_record(line)), 1)
+        raise ValueError(f"{path}, line {bad_line}: not an evaluation record; {AGAIN}")
+    correct, tokens, loss, exact, f1 = values
+    possible = np.isfinite(values).all(axis=0) & (tokens >= 1) & (correct >= 0) & (correct <= tokens)
+    possible &= (loss >= 0) & np.isin(exact, (0, 1)) & (f1 >= 0) & (f1 <= 1)
+    if not possible.all():
+        raise ValueError(f"{path}, line {1 + possible.argmin()}: has a value that cannot be; {AGAIN}")
+
+    steps, step_of = np.unique(steps, return_inverse=True)
+    names = sorted(set(ids))
+    place = {name: index for index, name in enumerate(names)}
+    scores = np.full((len(steps), len(names), len(METRICS)), np.nan)
+    scores[step_of, [place[name] for name in ids]] = np.array([correct / tokens, loss, exact, f1]).T
+    if len(rows) != len(steps) * len(names) or np.isnan(scores).any():
+        raise ValueError(f"{path}: an evaluation lacks examples, or has some twice; {AGAIN}")
+    return names, steps, scores
+
+
+def is_record(line: str) -> bool:
+    try:
+        step, name, *numbers = FIELDS(json.loads(line))
+        return type(step) is int and type(name) is str and all(math.isfinite(number) for number in numbers)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def difference(a, b, name: str) -> str | None:
+    """The first place where two JSON values differ, as `settings.lr is 1e-05 and 3e-05`, or None."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = (difference(a.get(key), b.get(key), f"{name}.{key}") for key in sorted({*a, *b}))
+        return next(filter(None, found), None)
+    return None if a == b else f"{name} is {a} and {b}"
+
+
+def seeds_on_disk(name: str, runs_dir: str | Path, finished: bool = False) -> list[int]:
+    """The seeds of a round that have a folder; with `finished`, those whose two arms are both done."""
+    seeds = []
+    for folder in (Path(runs_dir) / name).glob("seed*"):
+        arms = [folder / arm for arm in ARMS if (folder / arm / "run.json").exists()]
+        done = len(arms) == 2 and all(read_run(arm)["status"] == "done" for arm in arms)
+        if folder.name[4:].isdecimal() and (done or not finished):
+            seeds.append(int(folder.name[4:]))
+    return sorted(seeds)
+
+
+def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None = None) -> Runs:
+    """All that the seeds of a round (default: all there are) left on the disk, checked to be comparable.
+
+    Raises: ValueError or OSError, one line: no runs, an arm missing, damaged files, other settings, base or
+    data in one arm or seed than in another, other examples, arms of a seed that were stopped at different
+    steps.
+    """
+    folder = Path(runs_dir) / name
+    seeds = seeds_on_disk(name, runs_dir) if seeds is None else seeds
+    if not seeds:
+        raise FileNotFoundError(f"{folder}: no runs to report; run python train.py --round {name}, or give --runs")
+    tables, unfinished, first = {}, [], None
+    for place in [folder / f"seed{seed}" / arm for seed in seeds for arm in ARMS]:
+        run = read_run(place)
+        ids, steps, scores = read_records(place / "records.jsonl")
+        if first is None:
+            first, first_run, first_ids = place, run, ids
+        unlike = (difference(first_run.get(key), run.get(key), key) for key in SAME_EVERYWHERE)
+        unlike = next(filter(None, unlike), None)
+        if unlike is None and ids != first_ids:
+            unlike = "they were scored on different examples"
+        if unlike:
+            raise ValueError(f"{first} and {place} cannot be compared: {unlike}; run both alike, or keep them "
+                             "apart with --runs DIR")
+        if run["status"] != "done":
+            unfinished.append(f"seed {run['seed']} {run['arm']} (at step {steps[-1]})")
+        tables[run["seed"], run["arm"]] = steps, scores
+    for seed in seeds:
+        without, with_fs = (int(tables[seed, arm][0][-1]) for arm in ARMS)
+        # a budget in minutes, and only that, gives the two arms unequal steps
+        if without != with_fs and first_run.get("minutes") is None:
+            raise ValueError(f"{folder}/seed{seed}: no_fs was last scored at step {without}, prompt_fs at step "
+                             f"{with_fs}; run python train.py --round {name} --seed {seed} to the end")
+    if len(first_ids) < 2:
+        raise ValueError(f"{folder}: scored on a single example; statistics need two at least, see n_val")
+    return Runs(name, list(seeds), first_ids, tables, first_run, unfinished)
+
+
+def check_comparable(a: Runs, b: Runs) -> None:
+    """Raises ValueError where more than Future-Seed sets two rounds apart."""
+    def without_fs(run, key):
+        if key != "settings":
+            return run.get(key)
+        return {name: value for name, value in run[key].items() if name != "name" and name[:3] != "fs_"}
+
+    unlike = (difference(without_fs(a.run, key), without_fs(b.run, key), key) for key in SAME_EVERYWHERE)
+    reason = next(filter(None, unlike), None)
+    if reason is None and a.ids != b.ids:
+        reason = "they were scored on different examples"
+    if reason is None and not {*a.seeds} & {*b.seeds}:
+        reason = "they have no seed in common"
+    if reason:
+        raise ValueError(f"{a.name} and {b.name} cannot be compared: {reason}")

@@ -1,0 +1,262 @@
+"""The command line and the training loop: what a user types, what is left on the disk, and what survives a kill.
+
+Runs use a base of 3 layers and 16 channels and a dozen hand-made ARC questions, so each takes a second or two.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import arm
+import train
+from model import RWKV7, Config
+
+SMALL = ["steps=6", "n_train=12", "n_val=6", "batch_size=4", "eval_every=3", "lr=0.01", "fs_layer_start=1"]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """An assets folder with small ARC files in the publisher's format."""
+    folder = tmp_path_factory.mktemp("assets")
+    (folder / "arc").mkdir()
+    words = ["stone", "river", "cloud", "copper", "maple", "salt", "wolf", "lamp"]
+    for split, count in (("Train", 16), ("Dev", 8)):
+        with open(folder / "arc" / f"ARC-Challenge-{split}.jsonl", "w") as file:
+            for i in range(count):
+                options = [words[(i + j) % 8] + " " * (j == 3) + str(i * j) for j in range(4)]
+                choices = [{"text": text, "label": label} for text, label in zip(options, "ABCD")]
+                question = {"stem": f"Which of these is number {i} " + "and so on " * (i % 5), "choices": choices}
+                file.write(json.dumps({"id": f"{split}{i}", "question": question, "answerKey": "ABCD"[i % 4]}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny checkpoint in the official format whose layers all do something."""
+    model = RWKV7.init(Config.published(3, 16, 16), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "emb" in name or "output" in name or "ffn.value" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    path = tmp_path_factory.mktemp("base") / "tiny.pth"
+    model.save(path)
+    return path
+
+
+def arguments(assets, base, runs, *more, settings=()):
+    return ["--round", "R2", "--seed", "5", "--assets", str(assets), "--base", str(base), "--runs", str(runs),
+            "--offline", "--device", "cpu", "--set", *SMALL, *settings, *more]
+
+
+def in_child(argv, kill_after=None, number=signal.SIGKILL):
+    """train.main in a forked process, perhaps sent a signal after some seconds. Returns the wait status' exit code."""
+    child = os.fork()
+    if child == 0:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        os._exit(train.main(argv))
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(runs):
+    """Everything that must be the same bits: weights, metrics and records of both arms."""
+    files = {}
+    for name in train.ARMS:
+        folder = runs / "R2" / "seed5" / name
+        weights = torch.load(folder / "model.pth", weights_only=True)
+        files[name] = (weights, (folder / "metrics.jsonl").read_text(), (folder / "records.jsonl").read_text())
+    return files
+
+
+def assert_same(one, other):
+    for name in train.ARMS:
+        for mine, theirs in zip(one[name][1:], other[name][1:]):
+            assert mine == theirs
+        for key, tensor in one[name][0].items():
+            assert torch.equal(tensor, other[name][0][key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def finished(assets, base, tmp_path_factory):
+    """A run that was never disturbed."""
+    runs = tmp_path_factory.mktemp("finished")
+    assert in_child(arguments(assets, base, runs)) == 0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def moment(assets, base, tmp_path_factory):
+    """Seconds into a run, anywhere from its start to its end on this machine, drawn anew at every call."""
+    started = time.monotonic()
+    assert in_child(arguments(assets, base, tmp_path_factory.mktemp("timed"))) == 0
+    whole = time.monotonic() - started
+    clock = random.Random(7)
+    return lambda: clock.uniform(0, whole)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    """Catches a file of the documented layout that is missing, and a checkpoint left behind."""
+    for name in train.ARMS:
+        folder = finished / "R2" / "seed5" / name
+        run = json.loads((folder / "run.json").read_text())
+        assert run["status"] == "done" and run["steps"] == 6 and run["arm"] == name and run["standin"] is False
+        assert len(run["base"]["sha256"]) == 64
+        assert not (folder / "checkpoint.pt").exists()
+        assert (folder / "fs.pth").exists() == (name == "prompt_fs")
+        RWKV7.load(folder / "model.pth")
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        assert [line["step"] for line in metrics if "loss" in line] == [0, 3, 6]
+        assert [line["step"] for line in metrics if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+        assert len((folder / "records.jsonl").read_text().splitlines()) == 3 * 6
+
+
+def test_the_summary_has_the_logs_name(finished):
+    assert (finished / "_summary_arc_optionsfirst_stabilized_r2.txt").exists()
+
+
+def test_same_command_same_bits(finished, assets, base, tmp_path):
+    """Catches an unseeded draw, and anything that depends on time or on the process."""
+    assert in_child(arguments(assets, base, tmp_path)) == 0
+    assert_same(outcome(finished), outcome(tmp_path))
+
+
+def test_arms_differ_in_nothing_but_future_seed(assets, base, tmp_path):
+    """With the seed scaled to nothing the arms must agree to the last bit: same weights, batches, order and steps."""
+    assert in_child(arguments(assets, base, tmp_path, settings=["fs_scale=0.0"])) == 0
+    arms = outcome(tmp_path)
+    assert_same({name: arms["no_fs"] for name in train.ARMS}, arms)
+
+
+def test_future_seed_changes_something(finished):
+    """The test above would pass if the seed were never used at all."""
+    arms = outcome(finished)
+    assert arms["no_fs"][2] != arms["prompt_fs"][2]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base, moment, tmp_path, monkeypatch):
+    """SIGKILL at 20 random moments, saving included. Catches state that a checkpoint forgets, and half-written files."""
+    monkeypatch.setattr(arm, "SECONDS_BETWEEN_CHECKPOINTS", 0)    # save after every step, so that kills hit saving
+    runs = tmp_path / "0"
+    kills = 0
+    while kills < 20:
+        code = in_child(arguments(assets, base, runs), kill_after=moment())
+        kills += code == -signal.SIGKILL
+        if code == 0:    # it got to the end: check it, and begin another
+            assert_same(outcome(finished), outcome(runs))
+            runs = tmp_path / str(kills)
+    assert in_child(arguments(assets, base, runs)) == 0
+    assert_same(outcome(finished), outcome(runs))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_saves_and_goes_on(number, finished, assets, base, moment, tmp_path):
+    """Ctrl-C and SIGTERM: the step is finished and saved, the exit code says which signal it was."""
+    argv = arguments(assets, base, tmp_path)
+    codes = [in_child(argv, kill_after=moment(), number=number) for _ in range(3)]
+    assert set(codes) <= {0, 128 + number, -number, 130}
+    assert in_child(argv) == 0
+    assert_same(outcome(finished), outcome(tmp_path))
+
+
+def test_done_is_done(finished, assets, base, capsys):
+    """The same command on a finished run trains nothing and changes nothing."""
+    before = outcome(finished)
+    assert train.main(arguments(assets, base, finished)) == 0
+    assert "done before" in capsys.readouterr().err
+    assert_same(before, outcome(finished))
+
+
+def one_line_error(capsys, argv):
+    """The error that a command ends with, after the notes and progress of what went well before."""
+    assert train.main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.startswith("error: ") for line in lines].count(True) == 1 and lines[-1].startswith("error: "), lines
+    return lines[-1]
+
+
+def test_other_settings_are_refused_with_the_difference(finished, assets, base, capsys):
+    before = outcome(finished)
+    error = one_line_error(capsys, arguments(assets, base, finished, settings=["lr=0.02", "fs_alpha=-4"]))
+    assert "settings.lr was 0.01, now 0.02" in error and "settings.fs_alpha was -2.0, now -4.0" in error
+    assert_same(before, outcome(finished))
+
+
+@pytest.mark.parametrize("settings, words", [
+    (["step=3"], ["step"]),
+    (["steps=many"], ["steps", "many"]),
+    (["steps=-1"], ["steps", "0 or more"]),
+    (["n_train=100"], ["n_train", "16"]),
+    (["order=backwards"], ["order", "question_first"]),
+    (["micro_batch_size"], ["key=value"]),
+])
+def test_bad_settings_get_one_line(settings, words, assets, base, tmp_path, capsys):
+    error = one_line_error(capsys, arguments(assets, base, tmp_path, settings=settings))
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "R2").exists()
+
+
+def test_unknown_round_and_missing_files_get_one_line(assets, tmp_path, capsys):
+    common = ["--assets", str(assets), "--runs", str(tmp_path), "--offline", "--device", "cpu"]
+    assert "R2, R3" in one_line_error(capsys, ["--round", "R99", *common])
+    assert "weights" in one_line_error(capsys, ["--round", "R2", *common, "--set", *SMALL])
+    assert "nowhere.pth" in one_line_error(capsys, ["--round", "R2", "--base", "nowhere.pth", *common, "--set", *SMALL])
+    assert "init:L12-D64" in one_line_error(capsys, ["--round", "R2", "--base", "init:12", *common, "--set", *SMALL])
+    assert "hotpot" in one_line_error(capsys, ["--round", "R8", "--base", "init:L2-D16", *common])
+
+
+def test_a_base_of_another_vocabulary_is_named(assets, tmp_path, capsys):
+    """Without the check the embedding is indexed out of range, deep inside the first step."""
+    RWKV7.init(Config.published(2, 16, 16, vocab_size=300)).save(tmp_path / "bytes.pth")
+    error = one_line_error(capsys, arguments(assets, tmp_path / "bytes.pth", tmp_path / "runs"))
+    assert "bytes.pth" in error and "300" in error
+
+
+def test_a_damaged_checkpoint_is_named(assets, base, tmp_path, capsys):
+    argv = arguments(assets, base, tmp_path)
+    assert in_child(argv) == 0
+    folder = tmp_path / "R2" / "seed5" / "no_fs"
+    run = json.loads((folder / "run.json").read_text()) | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 not much of a checkpoint")
+    assert "checkpoint.pt" in one_line_error(capsys, argv)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_arm(assets, base, tmp_path, capsys):
+    """Catches an arm that trains on after a NaN, or that saves the ruined weights over the good ones."""
+    error = one_line_error(capsys, arguments(assets, base, tmp_path, settings=["lr=1e30"]))
+    assert "step 2" in error and "Train" in error
+    assert "lr" in error
+
+
+def test_pieces_of_a_batch_give_the_same_step(assets, base, tmp_path):
+    """Gradient accumulation: pieces of 1 row against whole batches of 4, to fp32 summation order."""
+    assert in_child(arguments(assets, base, tmp_path / "whole", settings=["steps=2", "lr=1e-3"])) == 0
+    assert in_child(arguments(assets, base, tmp_path / "pieces", settings=["steps=2", "lr=1e-3", "micro_batch_size=1"])) == 0
+    losses = []
+    for name in ("whole", "pieces"):
+        lines = (tmp_path / name / "R2/seed5/prompt_fs/metrics.jsonl").open()
+        losses.append([value for line in lines for key, value in json.loads(line).items() if "loss" in key])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_list_and_help(tmp_path, finished, capsys):
+    assert train.main(["--list", "--runs", str(finished)]) == 0
+    listing = capsys.readouterr().out
+    assert "R10" in listing and "-0.0056" in listing and "seed5/prompt_fs" in listing
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        train.main([])
+    assert stop.value.code == 2

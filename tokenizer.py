@@ -1,0 +1,109 @@
+"""RWKV World tokenizer: bytes in, token ids out, always the longest token that matches.
+
+The vocabulary is `rwkv_vocab_v20230424.txt`, as published in https://github.com/BlinkDL/RWKV-LM
+(Apache-2.0, notice beside the file): one line a token, "id literal length", the literal being a
+Python string (UTF-8) or, for tokens that are not whole characters, a Python bytes string.
+
+    ids 1 .. 256        the single bytes 0 .. 255, so that every byte string has an encoding
+    ids 257 .. 65529    longer tokens, of up to 128 bytes
+    id  0               end of a document; no text encodes to it and it decodes to nothing
+    ids from 65530      rows of the embedding without a token (its 65536 rows are a round number)
+"""
+
+import ast
+import hashlib
+from pathlib import Path
+
+VOCABULARY = Path(__file__).with_name("rwkv_vocab_v20230424.txt")
+VOCABULARY_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
+END_OF_DOCUMENT = 0
+# bytes of the longest token
+LONGEST = 128
+# the key under which a trie node keeps its longest match; the other keys are bytes, 0 .. 255
+MATCH = -1
+
+
+def read_vocabulary(path):
+    """Read the published vocabulary file into {id: bytes}, ids 1 .. 65529.
+
+    Raises FileNotFoundError when the file is missing and ValueError when it is not the published one.
+    """
+    restore = f"restore it with: git checkout -- {path.name}"
+    try:
+        # git on Windows may have turned the line ends into CRLF
+        raw = path.read_bytes().replace(b"\r\n", b"\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: the tokenizer's vocabulary is missing; {restore}") from None
+    if hashlib.sha256(raw).hexdigest() != VOCABULARY_SHA256:
+        raise ValueError(f"{path}: not the published RWKV World vocabulary (sha256 differs); {restore}")
+    tokens = {}
+    for line in raw.decode().removesuffix("\n").split("\n"):
+        number, rest = line.split(" ", 1)
+        literal = rest.rsplit(" ", 1)[0]
+        # the parser is slow and 99 lines in 100 have no escape: there the text stands between its quotes
+        token = ast.literal_eval(literal) if "\\" in literal else literal[1:-1]
+        tokens[int(number)] = token.encode() if isinstance(token, str) else token
+    return tokens
+
+
+def build_trie(tokens):
+    """The trie of all tokens: a node maps a byte to the next node, and MATCH to (id, length) of the
+    longest token on the way from the root to that node, so that a walk may stop anywhere."""
+    root = {}
+    # in this order a prefix comes before its extensions: new nodes inherit the longest match so far
+    for number, token in sorted(tokens.items(), key=lambda item: item[1]):
+        node = root
+        for byte in token:
+            if byte not in node:
+                node[byte] = {MATCH: node.get(MATCH)}
+            node = node[byte]
+        node[MATCH] = (number, len(token))
+    return root
+
+
+def longest_matches(trie, data):
+    """The ids of the longest tokens that match, one after the other, from the first byte to the last."""
+    ids = []
+    start = 0
+    while start < len(data):
+        node = trie
+        for byte in data[start:start + LONGEST]:
+            if byte not in node:
+                break
+            node = node[byte]
+        number, length = node[MATCH]
+        ids.append(number)
+        start += length
+    return ids
+
+
+class Tokenizer:
+    """Tokenizer(): read-only once built, so threads may share it. `tokens`: {id: bytes}, 0 being no bytes."""
+
+    def __init__(self):
+        self.tokens = read_vocabulary(VOCABULARY)
+        self.trie = build_trie(self.tokens)
+        self.tokens[END_OF_DOCUMENT] = b""
+
+    def encode(self, text):
+        """Ids (list of int) of a str, as UTF-8, or of bytes. decode_bytes(encode(data)) == data, always.
+        ValueError for a str with a lone surrogate, TypeError for what is neither str nor bytes."""
+        try:
+            data = text.encode() if isinstance(text, str) else bytes(memoryview(text))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start} of the text is a lone surrogate, which UTF-8 cannot "
+                             "carry: replace it, or pass bytes") from None
+        return longest_matches(self.trie, data)
+
+    def decode_bytes(self, ids):
+        """The bytes of an iterable of ids. ValueError for an id without a token: not an int in 0 .. 65529."""
+        try:
+            return b"".join([self.tokens[number] for number in ids])
+        except KeyError as error:
+            last = len(self.tokens) - 1
+            raise ValueError(f"token id {error.args[0]!r} has no token: give ints in 0..{last}") from None
+
+    def decode(self, ids):
+        """The text of an iterable of ids. Ids that end inside a character, as a generated sequence may, or
+        are no UTF-8 at all give U+FFFD there: decode_bytes is exact. ValueError as in decode_bytes."""
+        return self.decode_bytes(ids).decode(errors="replace")

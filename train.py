@@ -1,0 +1,229 @@
+"""Run a round: post-train one base twice, without and with Future-Seed, and report what it changed.
+
+    python train.py --round R8 --seed 1
+
+Both arms start from the same weights and take the same batches in the same order for the same number of steps; arm.py
+is one arm, this file is the command line around it. Running the same command again goes on where it stopped, and does
+nothing more once both arms are done.
+
+Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from arm import ArmRun, Stopped, is_main, say
+from data import load_examples
+from download import download
+from eval import report, write_summary
+from model import RWKV7, Config
+from rounds import Round, expand, load_rounds, with_settings
+from tokenizer import Tokenizer
+
+ARMS = ("no_fs", "prompt_fs")
+BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
+EXAMPLES = """examples:
+  python train.py --list                              the rounds, their recipes, the log's numbers, what is on disk
+  python train.py --round R8 --seed 1                 both arms of one seed, as in the log
+  python train.py --round R9 --seeds 0-4              both parts of R9, five seeds each
+  python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
+  python train.py --round R8 --base init:L12-D64 --set steps=2 n_train=8 n_val=4      a smoke test, no weights needed
+  torchrun --nproc_per_node=4 train.py --round R2     four processes share each batch
+"""
+
+
+# ---- the base ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Base:
+    """What both arms start from: an official checkpoint, or a freshly initialised model of given sizes."""
+
+    path: Path | None    # None: a fresh model
+    config: Config
+    identity: dict       # name and sha256, for run.json
+
+    def model(self) -> RWKV7:
+        return RWKV7.load(self.path) if self.path else RWKV7.init(self.config, seed=0)
+
+
+def find_base(choice: str | None, round: Round, assets: Path, offline: bool) -> Base:
+    """The base that --base names, or the round's own from the assets folder, downloaded there if need be."""
+    if choice is not None and (choice == "init" or choice.startswith("init:")):
+        sizes = re.fullmatch(r"init(?::L(\d+)-D(\d+))?", choice)
+        layers, width = (int(size) if size else None for size in sizes.groups()) if sizes else (0, 0)
+        head_size = next((size for size in (64, 32, 16) if (width or 768) % size == 0), None)
+        if layers == 0 or width == 0 or head_size is None:
+            raise ValueError(f"--base {choice}: write init, or init:L12-D64 for 12 layers of 64 channels (a multiple of 16)")
+        config = Config.published(layers or 12, width or 768, head_size)
+        return Base(None, config, {"name": f"init:L{config.n_layer}-D{config.n_embd}", "sha256": None})
+    if choice is not None:
+        path = Path(choice)
+    else:
+        path = assets / "weights" / round.base
+        if not path.exists():
+            if offline:
+                raise FileNotFoundError(f"{path} is not there, and --offline forbids to fetch it from {BASE_URL}{round.base}; "
+                                        "put it there by hand, or give --base")
+            download(BASE_URL + round.base, path)
+    config = RWKV7.load(path).config    # loaded once to see that it is whole, again by each arm
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Base(path, config, {"name": path.name, "sha256": digest})
+
+
+def check_vocabulary(base: Base, examples) -> None:
+    """A base of another vocabulary would be indexed out of range, deep inside and without a name."""
+    vocab_size = base.config.vocab_size
+    largest = max(max(example.prompt + example.answer) for example in examples)
+    if largest >= vocab_size:
+        raise ValueError(f"{base.identity['name']} has a vocabulary of {vocab_size} tokens, but the examples hold token "
+                         f"{largest}: it needs a base trained with the RWKV World vocabulary of 65536")
+
+
+def run_folder(runs: Path, name: str, seed: int) -> Path:
+    return Path(runs) / name / f"seed{seed}"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Post-train RWKV-7 on a round of the log, without and with Future-Seed, and report the difference.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--round", nargs="+", default=[], metavar="R", help="R2 to R10; R9 is R9a and R9b")
+    parser.add_argument("--list", action="store_true", help="show the rounds and what is on disk, and stop")
+    parser.add_argument("--seed", type=int, help="draws the batches; default: the log's seeds of the round")
+    parser.add_argument("--seeds", metavar="0-9", help="several seeds, as 0-9 or 0,3,5")
+    parser.add_argument("--arm", choices=(*ARMS, "both"), default="both")
+    parser.add_argument("--base", metavar="PATH|init|init:L12-D64",
+                        help="an official .pth, or fresh weights; default: the round's own, from the assets folder")
+    parser.add_argument("--assets", type=Path, default=Path("assets"), metavar="DIR",
+                        help="where data and base are, or are downloaded to (default: assets)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
+                        help="change settings of the round, see --list")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, metavar="M",
+                        help="the log's kind of budget: minutes of training an arm in place of the round's steps")
+    parser.add_argument("--fresh", action="store_true", help="start over, deleting what the run's folder holds")
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+    args = parser.parse_args(argv)
+    if not args.list and not args.round:
+        parser.error("name a round with --round (python train.py --list shows them)")
+    if args.minutes is not None and not 0 < args.minutes < float("inf"):
+        parser.error(f"--minutes {args.minutes}: must be more than 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device that torch can use; leave it out to use the CPU")
+    return args
+
+
+def chosen_seeds(args: argparse.Namespace, round: Round) -> list[int]:
+    if args.seed is not None and args.seeds is not None:
+        raise ValueError("give --seed or --seeds, not both")
+    if args.seed is not None:
+        return [args.seed]
+    if args.seeds is None:
+        return list(round.seeds)
+    seeds = []
+    for part in args.seeds.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match:
+            raise ValueError(f"--seeds {args.seeds}: write seeds as 0-9 or 0,3,5")
+        first, last = int(match[1]), int(match[2] or match[1])
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def list_rounds(runs: Path) -> None:
+    """Every round's recipe, the log's numbers, and the seeds that are on disk."""
+    for name, round in load_rounds().items():
+        print(f"{name}: {round.title}")
+        print(f"    prompts up to {round.max_prompt} tokens, {round.n_train} / {round.n_val} examples, batch "
+              f"{round.batch_size}, {round.steps} steps, lr {round.lr:g}; alpha {round.fs_alpha:g} from layer "
+              f"{round.fs_layer_start}, schedule {round.fs_schedule}")
+        if round.log:
+            deltas = " ".join(f"{delta:+.4f}" for delta in round.log.d_acc)
+            print(f"    the log: d_acc {deltas}, mean {round.log.mean:+.4f} ± {round.log.std:.4f}; {round.log.status}")
+        found = sorted(path.parent.parent.name + "/" + path.parent.name for path in runs.glob(f"{name}/seed*/*/run.json"))
+        print(f"    on disk: {', '.join(found) or 'nothing'}")
+    print("\nsettings, for --set:", ", ".join(load_rounds()["R2"].settings()))
+
+
+def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
+    """Both arms of one seed, or the one that --arm names, then the round's summary."""
+    rules = dict(order=round.order, max_prompt=round.max_prompt, min_prompt=round.min_prompt,
+                 max_answer=round.max_answer, assets=args.assets, offline=args.offline)
+    train = load_examples(round.task, "train", n=round.n_train, seed=round.data_seed, **rules)
+    validation = load_examples(round.task, "validation", n=round.n_val, seed=round.validation_seed, **rules)
+    base = find_base(args.base, round, args.assets, args.offline)
+    check_vocabulary(base, train + validation)
+    if args.fresh and is_main():
+        shutil.rmtree(run_folder(args.runs, round.name, seed), ignore_errors=True)
+    tokenizer = Tokenizer()
+    folder = run_folder(args.runs, round.name, seed)
+    arms = [ArmRun(round, seed, arm, base, train, validation, tokenizer, folder / arm, args)
+            for arm in (ARMS if args.arm == "both" else [args.arm])]
+    states = [arm.state() for arm in arms]    # of all before the first runs: a refusal comes at once
+    for arm, state in zip(arms, states):
+        if state == "done":
+            say(f"{arm.name}: done before; --fresh runs it again")
+        else:
+            arm.run()
+    if is_main() and args.arm == "both":
+        write_summary(round, args.runs)
+        print(report([round.name], args.runs))
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.list:
+        list_rounds(args.runs)
+        return
+    rounds = load_rounds()
+    for name in expand(args.round):
+        round = with_settings(rounds[name], args.settings)
+        for seed in chosen_seeds(args, round):
+            run_seed(round, seed, args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, 2 for an error told in one line, 130 or 143 when it was stopped."""
+    args = parse_arguments(argv)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ from run to run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        run(args)
+        return 0
+    except Stopped as stop:
+        say(str(stop))
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        say("stopped at once; what was saved before is kept, and the same command goes on from there")
+        return 130
+    except torch.OutOfMemoryError:
+        say("error: out of memory on the GPU; lower micro_batch_size or set checkpoint_activations=true, as in "
+            "--set micro_batch_size=1 checkpoint_activations=true, or lower max_prompt")
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
