@@ -126,8 +126,8 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     """One official record as an Example, or None where the log's rules leave it out.
 
     Args: order, "context_first" or "question_first"; lengths in tokens. Prompts keep their last max_prompt
-    tokens, those shorter than min_prompt are left out, answers keep their first max_answer tokens. Raises
-    ValueError for a malformed record.
+    tokens, those shorter than min_prompt are left out, answers keep their first max_answer tokens.
+    Raises ValueError for a malformed record.
     """
     read, id_key = (read_arc, "id") if task == "arc" else (read_hotpotqa, "_id")
     parts = read(record, order)
@@ -349,8 +349,8 @@ def standin_records(task: str, split: str, n: int, seed: int, n_facts: int) -> l
     arc: the options "A. cat", "B. dog", …; "The dog?"; "B" (2 to 26 facts).
 
     A fact is two tokens there and four here, since the stand-in trains on a CPU; no question can be answered
-    without the facts. A hash of the facts, in whatever order, and the question decides which split they belong
-    to: training and validation share none, and from three facts on neither runs out.
+    without the facts. A hash of the facts, in whatever order, and the question decides which split they are
+    in: training and validation share none, and from three facts on neither runs out.
     Raises ValueError for an unknown split or n_facts out of range.
     """
     most = len(KEYS) if task == "hotpotqa" else len(LABELS)

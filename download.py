@@ -1,4 +1,4 @@
-"""Files from the network with the standard library: whole or not at all, resumed, retried, errors of one line."""
+"""Files from the network with the standard library: whole or not at all, resumed, retried."""
 
 import contextlib
 import http.client
@@ -71,7 +71,7 @@ def download(url: str, path: str | Path, check: Callable[[Path], object] | None 
 
     The bytes go to path + ".part"; a broken transfer goes on from there, in this call or a later one, as long
     as the server has the same file (its ETag, kept in path + ".part.tag"). Only a whole file is named `path`.
-    Args: check, called with the .part file, raises ValueError to refuse it; attempts, pause: see with_retries.
+    Args: check, called with the .part file, raises ValueError to refuse it; the rest as in with_retries.
     Raises FileNotFoundError where the source does not give the file, always when `offline`, and OSError where
     the file cannot be stored.
     """

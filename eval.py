@@ -101,8 +101,9 @@ def log_numbers(round: Round) -> dict:
         low, high = mean - half, mean + half
         ruling = verdict(low, high, len(deltas))
     return {
-        "d_acc": list(log.d_acc), "mean": log.mean, "std": log.std, "d_loss": log.d_loss, "status": log.status,
-        "recomputed_mean": mean, "recomputed_std": std, "as_logged": as_logged, "signs": signs(deltas),
+        "d_acc": list(log.d_acc), "mean": log.mean, "std": log.std, "d_loss": log.d_loss,
+        "status": log.status, "recomputed_mean": mean, "recomputed_std": std, "as_logged": as_logged,
+        "signs": signs(deltas),
         "low": low, "high": high, "p": p, "verdict": ruling,
     }
 
@@ -131,7 +132,8 @@ def analyse(runs: Runs, round: Round) -> dict:
         for (seed, arm), (steps, scores) in runs.tables.items()
     ]
     settings = runs.run["settings"]
-    changed = [f"{key}={settings.get(key)}" for key, value in round.settings().items() if settings.get(key) != value]
+    recipe = round.settings().items()
+    changed = [f"{key}={settings.get(key)}" for key, value in recipe if settings.get(key) != value]
     log_seeds = len(round.log.d_acc) if round.log else len(x)
     return {
         "round": runs.name, "title": round.title, "task": round.task,
@@ -167,8 +169,9 @@ def interval(numbers: dict) -> str:
 
 
 def overall(numbers: dict) -> str:
-    return (f"{numbers['mean']:+.4f}  {interval(numbers)}  {numbers['p_seeds']:.3f} seeds, "
-            f"{numbers['p_questions']:.3f} questions; std {numbers['std']:.4f}, sign(+/0/-) {numbers['signs']}")
+    p_values = f"{numbers['p_seeds']:.3f} seeds, {numbers['p_questions']:.3f} questions"
+    spread = f"std {numbers['std']:.4f}, sign(+/0/-) {numbers['signs']}"
+    return f"{numbers['mean']:+.4f}  {interval(numbers)}  {p_values}; {spread}"
 
 
 def labels(result: dict) -> list[str]:
@@ -194,8 +197,9 @@ def text_of(result: dict) -> str:
     for metric in METRICS[:3] if result["task"] == "arc" else METRICS:    # ARC's F1 is its EM
         for line in result["per_seed"]:
             value = line[metric]
-            lines.append(f"  {metric:<6} {line['seed']:<5} {line['step']:>7} {value['no_fs']:>8.4f} "
-                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  {interval(value)}  {value['p']:.3f}")
+            arms = f"{value['no_fs']:>8.4f} {value['prompt_fs']:>10.4f}"
+            lines.append(f"  {metric:<6} {line['seed']:<5} {line['step']:>7} {arms}  {value['d']:+.4f}  "
+                         f"{interval(value)}  {value['p']:.3f}")
         lines.append(f"  {metric:<6} mean {'':<29}{overall(result['over_seeds'][metric])}")
     if S == 1:
         lines.append("  a single seed: its intervals allow for other questions, not for other seeds")
@@ -206,16 +210,17 @@ def text_of(result: dict) -> str:
         real = " (on real records)" if result["standin"] else ""
         lines.append(f"  the log{real}: d_acc {deltas}, mean {log['mean']:+.4f}, std {log['std']:.4f}, "
                      f"d_loss {log['d_loss']:+.4f}, \"{log['status']}\"; by our rule {log['verdict']}")
-    lines.append(f"  noise of one seed's d_acc from the choice of validation answers: {noise['log']:.4f} under "
-                 f"the log's protocol ({noise['log_same']:.4f} if both arms draw the same), {noise['ours']:.4f} here")
+    lines.append(f"  noise of one seed's d_acc from the choice of answers: {noise['log']:.4f} by the log's "
+                 f"protocol ({noise['log_same']:.4f} if both arms draw alike), {noise['ours']:.4f} here")
     if log and S > 1 and len(log["d_acc"]) > 1:
-        lines.append(f"  of the seed spread {log['std']:.4f} reported in the log, {noise['spread']:.4f} is expected "
-                     f"from its protocol alone ({noise['spread_same']:.4f} if all its runs drew the same answers)")
+        alike = f"{noise['spread_same']:.4f} if all its runs drew alike"
+        lines.append(f"  of the seed spread {log['std']:.4f} reported in the log, {noise['spread']:.4f} is "
+                     f"expected from its protocol alone ({alike})")
     if S > 1:
         seeds = f"{enough['seeds']} seeds" if enough["seeds"] else "more than 200 seeds"
         more = f"{enough['questions']} questions" if enough["questions"] else "no number of questions"
-        lines.append(f"  to see a d_acc of {enough['effect']} 4 times out of 5: {seeds} on these {n} questions, "
-                     f"or {more} with {S} seeds")
+        lines.append(f"  to see a d_acc of {enough['effect']} 4 times out of 5: {seeds} on these {n} "
+                     f"questions, or {more} with {S} seeds")
     return "\n".join(lines) + "\n"
 
 
@@ -246,26 +251,26 @@ def markdown_of(results: list[dict]) -> str:
 
 def text_of_log(rounds: list[Round]) -> str:
     """The log's table, recomputed from its per-seed numbers."""
-    lines = ["round  d_acc by seed            mean     std     +/0/-  95% interval (t)    p      as logged    "
-             "by our rule; the log's words"]
+    lines = ["round  d_acc by seed            mean     std     +/0/-  95% interval (t)    p      "
+             "as logged    by our rule; the log's words"]
     for round in rounds:
         log = log_numbers(round)
         deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
         test = "one seed" if log["p"] is None else f"{interval(log)}  {log['p']:.3f}"
-        lines.append(f"{round.name:<5}  {deltas:<23} {log['recomputed_mean']:+.4f}  {log['recomputed_std']:.4f}"
-                     f"  {log['signs']}  {test:<25}  {log['as_logged']:<11}  {log['verdict']}; \"{log['status']}\"")
+        recomputed = f"{log['recomputed_mean']:+.4f}  {log['recomputed_std']:.4f}  {log['signs']}"
+        lines.append(f"{round.name:<5}  {deltas:<23} {recomputed}  {test:<25}  {log['as_logged']:<11}  "
+                     f"{log['verdict']}; \"{log['status']}\"")
     return "\n".join(lines) + "\n"
 
 
 def draw(results: list[dict], path: str) -> None:
-    """The figure, a row a round: every seed's d_acc with its interval beside the log's, then learning curves."""
+    """The figure, a row a round: every seed's d_acc with its interval, the log's, then learning curves."""
     figure = Figure(figsize=(12, 0.5 + 2.5 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 3, squeeze=False, width_ratios=(1.3, 1, 1))
     for (left, *curve_panels), result in zip(panels, results):
         over, log = result["over_seeds"]["acc"], result["log"]
-        lines = [
-            (f"seed {line['seed']}", [line["acc"]["d"]], line["acc"], "tab:blue") for line in result["per_seed"]
-        ]
+        accs = [(line["seed"], line["acc"]) for line in result["per_seed"]]
+        lines = [(f"seed {seed}", [acc["d"]], acc, "tab:blue") for seed, acc in accs]
         lines.append(("mean", [over["mean"]], over, "black"))
         if log:
             lines.append(("the log", [*log["d_acc"], log["mean"]], None, "tab:gray"))
@@ -284,9 +289,9 @@ def draw(results: list[dict], path: str) -> None:
         names = "token accuracy", "validation loss, nats"
         for panel, metric, name in zip(curve_panels, METRICS, names):
             for curve in result["curves"]:
-                first = curve["seed"] == result["seeds"][0]
-                panel.plot(curve["steps"], curve[metric], ".-", linewidth=1, label=curve["arm"] if first else None,
-                           color=("tab:gray", "tab:orange")[ARMS.index(curve["arm"])])
+                label = curve["arm"] if curve["seed"] == result["seeds"][0] else None
+                colour = ("tab:gray", "tab:orange")[ARMS.index(curve["arm"])]
+                panel.plot(curve["steps"], curve[metric], ".-", linewidth=1, color=colour, label=label)
             panel.set_title(name, fontsize=9, loc="left")
             panel.set_xlabel("step")
         curve_panels[0].legend(fontsize=8)
@@ -304,7 +309,7 @@ def finished(name: str, runs_dir: str | Path) -> tuple[Runs, list[str]]:
 
 
 def report(names: list[str], runs_dir: str | Path = "runs") -> str:
-    """The text of `python eval.py NAMES` for the finished seeds. Raises ValueError or OSError as `read_round`."""
+    """The text of `python eval.py NAMES` for the finished seeds. Raises as `read_round`."""
     rounds, parts = load_rounds(), []
     for name in expand(names):
         runs, note = finished(name, runs_dir)
@@ -355,7 +360,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
     option("--checkpoint", metavar="PATH", help="the model to ask, as in runs/R8/seed1/prompt_fs/model.pth")
     option("--max-new", type=int, default=24, metavar="N", help="at most so many tokens (default: 24)")
-    option("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
+    option("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
     option("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
     args = parser.parse_args(argv)
     if (args.ask is None) != (args.checkpoint is None):

@@ -17,7 +17,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ HEAD_NORM_EPS = 64e-5     # of ln_x, the norm over each head's readout; the offi
 
 # (layer, terminal wkv state of the layer below (B, H, N, N), this layer's input at each row's last token (B, C))
 # -> the wkv state that this layer starts from (B, H, N, N), or None for the usual one
-SeedHook = Callable[[int, torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
+SeedHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ class Config:
     @classmethod
     def from_weights(cls, weights: dict[str, torch.Tensor]) -> "Config":
         """Read the sizes off an official state dict. Raises KeyError or ValueError where they cannot be had."""
-        blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
-        if not blocks:
-            raise KeyError("blocks.0.*")
-        n_layer = max(blocks) + 1
-        att = "blocks.0.att."
+        blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
+        n_layer = len(blocks)
+        for layer in range(max(1, n_layer)):
+            if layer not in blocks:
+                raise KeyError(f"blocks.{layer}.*")
         vocab_size, n_embd = weights["emb.weight"].shape
-        n_head, head_size = weights[att + "r_k"].shape
+        n_head, head_size = weights["blocks.0.att.r_k"].shape
         if n_head * head_size != n_embd:
             raise ValueError(f"{n_head} heads of {head_size} for {n_embd} channels")
         n_ffn = weights["blocks.0.ffn.key.weight"].shape[0]
         # block 0 has no value residual; files carry its adapter all the same, or leave it out
         v1 = weights.get(f"blocks.{min(1, n_layer - 1)}.att.v1")
         rank_v = 32 if v1 is None else v1.shape[1]
-        ranks = (weights[att + "w1"].shape[1], weights[att + "a1"].shape[1], rank_v, weights[att + "g1"].shape[1])
-        return cls(n_layer, n_embd, head_size, vocab_size, n_ffn, *ranks)
+        rank_w, rank_a, rank_g = (weights[f"blocks.0.att.{adapter}1"].shape[1] for adapter in "wag")
+        return cls(n_layer, n_embd, head_size, vocab_size, n_ffn, rank_w, rank_a, rank_v, rank_g)
 
 
 class LayerState(NamedTuple):
@@ -89,7 +89,13 @@ class LayerState(NamedTuple):
     channel_shift: torch.Tensor    # (B, C), the channel mix's input at the last token
 
 
-def token_shift(x: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]):
+def is_plain(value) -> bool:
+    """Whether a value from a file is a tensor that can be a parameter."""
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+
+
+def token_shift(x: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor | None):
     """Each token's predecessor minus the token, and what the next segment's first token will look back on.
 
     Args: x (B, T, C); before (B, C), the token before the first; lengths (B,) or None for T everywhere.
@@ -97,10 +103,8 @@ def token_shift(x: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.T
     """
     extended = torch.cat([before.unsqueeze(1), x], dim=1)     # (B, T + 1, C)
     if lengths is None:
-        last = extended[:, -1]
-    else:
-        last = extended[torch.arange(x.shape[0], device=x.device), lengths]
-    return extended[:, :-1] - x, last
+        return extended[:, :-1] - x, extended[:, -1]
+    return extended[:, :-1] - x, extended[torch.arange(len(x), device=x.device), lengths]
 
 
 class TimeMix(nn.Module):
@@ -145,8 +149,8 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, C, eps=HEAD_NORM_EPS)
 
     def forward(self, x, v_first, before, state, padding, lengths):
-        """x (B, T, C), v_first (B, T, C) or None in block 0, before (B, C), state (B, H, N, N), padding (B, T, 1) or
-        None -> output (B, T, C), v_first, last input (B, C), terminal state (B, H, N, N)."""
+        """x, v_first (B, T, C), before (B, C), state (B, H, N, N), padding (B, T, 1) or None
+        -> output, v_first (B, T, C), last input (B, C), terminal state (B, H, N, N)."""
         B, T, C = x.shape
         H, N = self.r_k.shape
 
@@ -188,12 +192,11 @@ class TimeMix(nn.Module):
 
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_heads    # (B, T, H, N)
-        y = self.output((y + bonus.view(B, T, C)) * gate)
-        return y, v_first, last, state
+        return self.output((y + bonus.view(B, T, C)) * gate), v_first, last, state
 
 
 class ChannelMix(nn.Module):
-    """A two-layer network on each token, with a squared ReLU (paper, section 4)."""
+    """Two layers on each token, with a squared ReLU (paper, section 4)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -243,19 +246,17 @@ class RWKV7(nn.Module):
         """What every layer remembers before the first token: nothing."""
         config, like = self.config, self.ln_out.weight
         shift = like.new_zeros(batch, config.n_embd)
-        wkv_dtype = torch.promote_types(like.dtype, torch.float32)
-        matrix = like.new_zeros(batch, config.n_head, config.head_size, config.head_size, dtype=wkv_dtype)
+        matrix = like.new_zeros(batch, config.n_head, config.head_size, config.head_size, dtype=torch.float32)
         return [LayerState(shift, matrix, shift)] * config.n_layer
 
-    def forward(self, tokens, state=None, lengths=None, seed: Optional[SeedHook] = None):
+    def forward(self, tokens, state=None, lengths=None, seed: SeedHook | None = None):
         """Read T more tokens of each row.
 
         Args:
             tokens: (B, T) int64, right-padded with any valid id where `lengths` is given.
             state: what the layers remember, as returned by an earlier call; None before the first token.
             lengths: (B,) int64 on the tokens' device, each row's own tokens, 0 to T (at least 1 with `seed`); None
-                for T. Results at a row's own tokens, and its states, are as if the row stood alone; hidden vectors at
-                padding positions mean nothing.
+                for T. Results and states are as if the row stood alone; hidden vectors of padding mean nothing.
             seed: see SeedHook; asked once for every layer from 1 on. Its answer takes the place of the layer's wkv.
 
         Returns: hidden (B, T, C) after `ln_out`; state, a list of LayerState, after each row's last token.
@@ -303,8 +304,8 @@ class RWKV7(nn.Module):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{path}: not a readable checkpoint, is it complete? ({reason[:160]})") from error
         is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-        if not is_dict or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-            raise ValueError(f"{path}: not a state dict of tensors, so not an RWKV-7 checkpoint")
+        if not is_dict or not all(is_plain(tensor) for tensor in weights.values()):
+            raise ValueError(f"{path}: not a state dict of dense floating point tensors, so not an RWKV-7 checkpoint")
         try:
             config = Config.from_weights(weights)
             with torch.device("meta"):    # shapes only: the file's tensors become the parameters
@@ -313,8 +314,7 @@ class RWKV7(nn.Module):
             raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint, cannot read its sizes from {error}") from error
 
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for name in ("v0", "v1", "v2"):
-            name = f"blocks.0.att.{name}"
+        for name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"):
             weights.setdefault(name, torch.zeros(expected[name]))
         wrong = [f"{name} is missing" for name in expected if name not in weights]
         wrong += [f"{name} is unknown" for name in weights if name not in expected]
@@ -326,7 +326,9 @@ class RWKV7(nn.Module):
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: {'; '.join(wrong[:3])}{more}")
-        model.load_state_dict({name: weights[name].float() for name in expected}, assign=True)
+        # copies: tensors that share memory in the file, as a tied head may, become parameters of their own
+        weights = {name: weights.pop(name).to(torch.float32, copy=True).contiguous() for name in expected}
+        model.load_state_dict(weights, assign=True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not re.fullmatch(r"blocks\.0\.att\.v[012]", name))
         return model

@@ -10,6 +10,7 @@ Shapes: S seeds, 2 arms, K evaluations, n examples, M = 4 metrics.
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> dict:
 
 
 def read_records(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """records.jsonl -> sorted ids (n,), steps (K,), scores (K, n, M). Raises ValueError naming file and line."""
+    """records.jsonl -> sorted ids (n,), steps (K,), scores (K, n, M). Errors name file and line."""
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
@@ -77,6 +78,7 @@ def read_records(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
         steps, ids, *numbers = zip(*rows)
         values = np.array(numbers, dtype=float)    # (5, K n)
         well_formed = len(rows) == len(lines) and {*map(type, steps)} == {int} and {*map(type, ids)} == {str}
+        well_formed &= {*map(type, chain(*numbers))} <= {int, float}    # numpy would read "1" as a number
     except (ValueError, TypeError, KeyError):
         well_formed = False
     if not well_formed:
@@ -135,7 +137,7 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
     folder = Path(runs_dir) / name
     seeds = seeds_on_disk(name, runs_dir) if seeds is None else seeds
     if not seeds:
-        raise FileNotFoundError(f"{folder}: no runs to report; run python train.py --round {name}, or give --runs")
+        raise FileNotFoundError(f"{folder}: no runs; run python train.py --round {name}, or name --runs DIR")
     tables, unfinished, first = {}, [], None
     for place in [folder / f"seed{seed}" / arm for seed in seeds for arm in ARMS]:
         run = read_run(place)
@@ -147,8 +149,8 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
         if unlike is None and ids != first_ids:
             unlike = "they were scored on different examples"
         if unlike:
-            raise ValueError(f"{first} and {place} cannot be compared: {unlike}; run both alike, or keep them "
-                             "apart with --runs DIR")
+            raise ValueError(f"{first} and {place} cannot be compared: {unlike}; run both alike, or keep "
+                             "them apart with --runs DIR")
         if run["status"] != "done":
             unfinished.append(f"seed {run['seed']} {run['arm']} (at step {steps[-1]})")
         tables[run["seed"], run["arm"]] = steps, scores
@@ -156,8 +158,8 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
         without, with_fs = (int(tables[seed, arm][0][-1]) for arm in ARMS)
         # a budget in minutes, and only that, gives the two arms unequal steps
         if without != with_fs and first_run.get("minutes") is None:
-            raise ValueError(f"{folder}/seed{seed}: no_fs was last scored at step {without}, prompt_fs at step "
-                             f"{with_fs}; run python train.py --round {name} --seed {seed} to the end")
+            raise ValueError(f"{folder}/seed{seed}: no_fs was last scored at step {without}, prompt_fs at "
+                             f"step {with_fs}; run python train.py --round {name} --seed {seed} to the end")
     if len(first_ids) < 2:
         raise ValueError(f"{folder}: scored on a single example; statistics need two at least, see n_val")
     return Runs(name, list(seeds), first_ids, tables, first_run, unfinished)

@@ -201,8 +201,9 @@ def with_settings(round: Round, pairs: list[str]) -> Round:
             raise ValueError(f"--set {pair}: write key=value")
         known(key, SETTINGS, f"--set {pair}")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+            parsed = tomllib.loads(f"value = {text}")
+        except (tomllib.TOMLDecodeError, RecursionError):
+            parsed = {}
+        value = parsed["value"] if list(parsed) == ["value"] else text
         changes[key] = checked(key, value, SETTINGS[key], f"--set {pair}")
     return dataclasses.replace(round, **changes)

@@ -67,6 +67,11 @@ def pad(rows: Sequence[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     return padded.to(device), lengths.to(device)
 
 
+def text_of(tokens: list[int], tokenizer) -> str:
+    """What a model wrote. The last ids have no token, but a model that knows little may choose one."""
+    return tokenizer.decode([token for token in tokens if token in tokenizer.tokens])
+
+
 # ---- scoring -----------------------------------------------------------------------------------------------
 
 def answer_log_probs(model: RWKV7, logits, state, rows: torch.Tensor, answers: Sequence[list[int]]):
@@ -122,8 +127,7 @@ def score_batch(model: RWKV7, batch, fs: FutureSeed | None, device, tokenizer) -
         losses = (-log_probs[row, :count]).tolist()
         # the log's loss: the first token's, plus the mean of the others
         loss = losses[0] + (sum(losses[1:]) / (count - 1) if count > 1 else 0.0)
-        # the last ids of the embedding have no token, and a model that knows little may choose one
-        text = tokenizer.decode(token for token in written[row][:count] if token in tokenizer.tokens)
+        text = text_of(written[row][:count], tokenizer)
         if example.choices:
             option = chosen[row][1]
             exact = f1 = float(option == example.text)
@@ -153,9 +157,9 @@ def score(model: RWKV7, examples, fs: FutureSeed | None = None, *, batch_size: i
     """
     for example in examples:
         if not example.prompt or not example.answer:
-            raise ValueError(f"example {example.id}: a prompt token and an answer token are needed to score it")
+            raise ValueError(f"example {example.id}: cannot be scored without a prompt and an answer")
         if (task == "arc") != bool(example.choices):
-            raise ValueError(f"example {example.id}: choices are for ARC, and for ARC only; the task is {task}")
+            raise ValueError(f"example {example.id}: ARC has choices, HotpotQA has none; the task is {task}")
     # neighbours of equal length waste no time on padding; the longest go first: memory fails early or never
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
     records: list[dict] = [{}] * len(examples)
@@ -259,10 +263,10 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
         fs.to(device)
     tokens, lengths = pad([tokenizer.encode(prompt)], device)
     if tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"{checkpoint}: its vocabulary of {model.config.vocab_size} is not RWKV World's 65536")
+        raise ValueError(f"{checkpoint}: its vocabulary has {model.config.vocab_size} entries, not 65536")
     with torch.no_grad():
         hidden, state = prefill(model, tokens, lengths, fs)
         logits = model.head(hidden[:, -1])
         stop = (END_OF_DOCUMENT, *tokenizer.encode("\n"))
         new = generate(model, logits, state, max_new, temperature=temperature, top_p=top_p, stop=stop)
-    return tokenizer.decode(new[0].tolist()).strip().split("\n")[0]
+    return text_of(new[0].tolist(), tokenizer).strip().split("\n")[0]

@@ -8,9 +8,9 @@ question hard cancels out. All seeds answer the same n questions, so two sources
 
 and an interval must allow for other seeds and for other questions. A t interval over the seeds' means misses
 var(question)/n. Resampling seeds, then questions, and taking percentiles covers 75 to 90% from 3 seeds: 3
-resampled seeds show 2/3 of their variance, and nothing tells the bootstrap that it knows this variance from 2
-degrees of freedom. `over_seeds` is that hierarchical bootstrap's variance in closed form, without its bias and
-with Student's tails.
+resampled seeds show 2/3 of their variance, and nothing tells the bootstrap that it knows this variance from
+2 degrees of freedom. `over_seeds` is that hierarchical bootstrap's variance in closed form, without its bias
+and with Student's tails.
 
 References: the analysis of variance with two crossed random factors (Searle, Casella & McCulloch, Variance
 Components, 1992); Owen, The pigeonhole bootstrap, 2007; Hesterberg, What teachers should know about the
@@ -127,7 +127,7 @@ def half_width(by_seed, question, S, n):
 
 
 def over_seeds(x):
-    """Mean and half its 95% interval, each (...,), from x (..., S, n): S >= 2 seeds, the same n >= 2 questions."""
+    """Mean and half its 95% interval, each (...,), of x (..., S, n); S and n are 2 at least."""
     by_seed, question, _ = components(x)
     return x.mean(axis=(-2, -1)), half_width(by_seed, question, *x.shape[-2:])
 
@@ -196,8 +196,8 @@ def log_protocol(accuracy, draws: int, same_draws: bool, repeats: int = 1000):
     """d_acc as the log would have measured it, again and again: (R, S).
 
     Args: accuracy (S, 2, K, n), of both arms at every evaluation; draws, the answers that the log drew with
-        replacement for one evaluation; same_draws: the k-th evaluation of every run draws the same answers (the
-        log's trainers seed the draws alike), else each run draws its own. Each arm counts with its best
+        replacement for one evaluation; same_draws: the k-th evaluation of every run draws the same answers
+        (the log's trainers seed the draws alike), else each run draws its own. Each arm counts with its best
         evaluation, as in the log.
     """
     S, _, K, n = accuracy.shape
@@ -216,10 +216,10 @@ def log_protocol(accuracy, draws: int, same_draws: bool, repeats: int = 1000):
 def noise_floor(accuracy, draws: int, log_seeds: int) -> dict:
     """What the choice of validation answers alone does to d_acc, from accuracy (S, 2, K, n) alone.
 
-    Returns: standard deviations of one seed's d_acc, "log" under the log's protocol with draws of their own for
-        the two arms, "log_same" with the same draws, "ours" on the whole set, paired, at the last evaluation;
-        "spread" and "spread_same", the population standard deviation over log_seeds seeds to be expected if
-        nothing else set them apart (spread_same is None for one seed: it takes two to differ on the same draws).
+    Returns: standard deviations of one seed's d_acc, "log" under the log's protocol with draws of their own
+        for the two arms, "log_same" with the same draws, "ours" on the whole set, paired, at the last
+        evaluation; "spread" and "spread_same", the population standard deviation over log_seeds seeds to be
+        expected if nothing else set them apart (spread_same is None with one seed: it takes two to differ).
     """
     last = accuracy[:, 1, -1] - accuracy[:, 0, -1]    # (S, n)
     shrink = (log_seeds - 1) / log_seeds              # a population variance, as the log's

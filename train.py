@@ -70,10 +70,7 @@ def find_base(choice: str | None, round: Round, assets: Path, offline: bool) -> 
     else:
         path = assets / "weights" / round.base
         if not path.exists():
-            if offline:
-                raise FileNotFoundError(f"{path} is not there, and --offline forbids to fetch it from {BASE_URL}{round.base}; "
-                                        "put it there by hand, or give --base")
-            download(BASE_URL + round.base, path)
+            download(BASE_URL + round.base, path, offline=offline)
     config = RWKV7.load(path).config    # loaded once to see that it is whole, again by each arm
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The statistics: do 95% intervals cover 95%, are p-values uniform, is the log's noise what its protocol makes it?
+"""The statistics: do intervals cover, are p-values uniform, is the log's noise what its protocol makes it?
 
 Each is measured by simulating thousands of experiments whose truth is known, all at once in numpy.
 """
@@ -21,7 +21,7 @@ def crossed(rng, R, S, n, seed, question, rest, mean=0.0):
     return x
 
 
-# ---- Student's t -----------------------------------------------------------------------------------------------
+# ---- Student's t -------------------------------------------------------------------------------------------
 
 def test_students_t_has_its_known_values():
     """Catches a wrong t: every interval would be too short or too long by the same factor."""
@@ -50,7 +50,7 @@ def test_t_test_of_the_logs_best_round():
     assert stats.t_test([0.0, 0.0]) == (0.0, 0.0, 1.0)
 
 
-# ---- coverage --------------------------------------------------------------------------------------------------
+# ---- coverage ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed, question, rest", [
     (0.00, 0.0, 0.3),     # seeds and questions are all alike
@@ -62,7 +62,7 @@ def test_t_test_of_the_logs_best_round():
 ])
 @pytest.mark.parametrize("S", [3, 5, 10])
 def test_interval_over_seeds_covers(S, seed, question, rest):
-    """Catches an interval that forgets seeds, or questions, or that it knows the seeds' spread from few of them."""
+    """Catches an interval that forgets seeds, or questions, or that few seeds tell little of their spread."""
     rng = np.random.default_rng(S)
     covered, R, n = 0, 0, 60
     for _ in range(36 // S):
@@ -82,10 +82,10 @@ def test_interval_over_two_seeds_is_near():
 
 
 def token_answers(rng, R, S, n, tokens, effect):
-    """Accuracies of two arms (R, S, 2, n) that are hard and easy on the same questions; the true mean of fs - no."""
+    """Accuracies of two arms (R, S, 2, n) that find the same questions hard."""
     difficulty = rng.beta(0.6, 2.5, (R, 1, 1, n)) * 0.8
-    helped = np.clip(effect + rng.normal(0, 0.05, (R, 1, 1, n)) + rng.normal(0, 0.01, (R, S, 1, 1)), -0.1, 0.2)
-    with_fs = np.clip(difficulty + helped, 0, 1)
+    helped = effect + rng.normal(0, 0.05, (R, 1, 1, n)) + rng.normal(0, 0.01, (R, S, 1, 1))
+    with_fs = np.clip(difficulty + np.clip(helped, -0.1, 0.2), 0, 1)
     length = rng.integers(1, tokens + 1, (R, 1, 1, n))
     share = np.concatenate(np.broadcast_arrays(difficulty, with_fs), axis=2)
     return rng.binomial(length, np.broadcast_to(share, (R, S, 2, n))) / length
@@ -93,8 +93,8 @@ def token_answers(rng, R, S, n, tokens, effect):
 
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_intervals_cover_on_answers_made_of_tokens(tokens):
-    """Catches an interval that holds for bell curves only: these are right, wrong, or a third right, and mostly
-    wrong in both arms."""
+    """Catches an interval that holds for bell curves only: these answers are right, wrong, or a third right,
+    and mostly wrong in both arms."""
     truth_rng = np.random.default_rng(9)
     truth = np.diff(token_answers(truth_rng, 400, 20, 200, tokens, 0.04).mean(axis=(0, 1, 3)))[0]
     rng = np.random.default_rng(1)
@@ -114,14 +114,15 @@ def test_bootstrap_within_a_seed_covers(name, n):
     elif name == "sparse":    # ARC: the arms differ on one question in five
         x, truth = rng.choice([-1.0, 0, 1], p=[0.08, 0.8, 0.12], size=(n, R)), 0.04
     else:
-        x, truth = rng.choice([-2 / 3, -1 / 3, 0, 1 / 3, 1], p=[0.05, 0.15, 0.5, 0.2, 0.1], size=(n, R)), 0.0833333
+        x = rng.choice([-2 / 3, -1 / 3, 0, 1 / 3, 1], p=[0.05, 0.15, 0.5, 0.2, 0.1], size=(n, R))
+        truth = 0.25 / 3
     low, high = stats.bootstrap_interval(x)
     assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97
 
 
 def test_why_not_the_usual_intervals():
-    """Backs the claim of stats.py: from 3 seeds, percentiles of a hierarchical bootstrap, and a t interval over the
-    seeds' means where questions matter, cover far less than 95%."""
+    """Backs the claim of stats.py: percentiles of a hierarchical bootstrap from 3 seeds, and a t interval
+    over the seeds' means where questions matter, cover far less than 95%."""
     rng = np.random.default_rng(4)
     x = crossed(rng, 300, 3, 60, 0.3, 0.1, 0.3)
     covered = 0
@@ -147,7 +148,7 @@ def test_no_difference_at_all_is_not_an_error():
     assert stats.needed(np.zeros((3, 20))) == (2, 10)
 
 
-# ---- p-values --------------------------------------------------------------------------------------------------
+# ---- p-values ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [5, 8, 40])
 def test_p_values_are_uniform_without_an_effect(n):
@@ -172,7 +173,7 @@ def test_exact_p_by_brute_force():
 
 
 def test_random_flips_agree_with_all_flips():
-    """Catches random patterns that are not fair coins: 13 values are sampled, though all 8192 can be counted."""
+    """Catches random patterns that are not fair coins: 13 values are sampled, but 8192 can be counted."""
     rng = np.random.default_rng(0)
     x = rng.normal(0.3, 1, 13)
     patterns = np.array(list(itertools.product((1, -1), repeat=13)))
@@ -180,7 +181,7 @@ def test_random_flips_agree_with_all_flips():
     assert abs(stats.sign_flip_p(x) - exact) < 4 * math.sqrt(exact * (1 - exact) / 9999)
 
 
-# ---- verdict and power -----------------------------------------------------------------------------------------
+# ---- verdict and power -------------------------------------------------------------------------------------
 
 def test_verdict_follows_the_rule():
     """Catches a rule that drifts from the words in which it was fixed."""
@@ -205,7 +206,7 @@ def test_needed_numbers_give_the_promised_power():
     assert stats.needed(crossed(rng, 1, 3, 400, 0.2, 0.0, 0.1)[0]) == (None, None)
 
 
-# ---- the log's protocol ----------------------------------------------------------------------------------------
+# ---- the log's protocol ------------------------------------------------------------------------------------
 
 def arms(rng, S, K, n):
     """Two arms' accuracies (S, 2, K, n), alike on the same question, rising from evaluation to evaluation."""
@@ -231,8 +232,8 @@ def test_noise_floor_in_closed_form():
 
 
 def the_log(accuracy, draws, generator_of):
-    """The log's protocol, word for word: every run evaluates K times on `draws` examples drawn with replacement, counts
-    with its best evaluation, and the round reports the population deviation of the seeds' differences."""
+    """The log's protocol, word for word: every run evaluates K times, each time on `draws` examples drawn
+    with replacement, and counts with its best evaluation."""
     S, _, K, n = accuracy.shape
     d_acc = []
     for s in range(S):
@@ -250,16 +251,18 @@ def the_log(accuracy, draws, generator_of):
 
 @pytest.mark.parametrize("same_draws", [False, True])
 def test_the_logs_protocol_simulated_word_for_word(same_draws):
-    """Backs the report's sentence on the log's spread: with three seeds that truly are the same, the spread that the
-    log's protocol shows is the one that noise_floor expects."""
+    """Backs the report's sentence on the log's spread: with three seeds that truly are the same, the spread
+    that the log's protocol shows is the one that noise_floor expects."""
     accuracy = np.repeat(arms(np.random.default_rng(7), 1, 4, 200), 3, axis=0)
     rng = np.random.default_rng(8)
     accuracy = np.clip(accuracy + rng.permuted(rng.normal(0, 0.1, accuracy.shape), axis=3), 0, 1)
     accuracy -= accuracy.mean(axis=3, keepdims=True) - accuracy.mean()     # equal truths: only draws differ
     d_acc = []
     for repeat in range(700):
-        base = 1000 * repeat
-        d_acc.append(the_log(accuracy, 16, lambda s, arm: random.Random(base if same_draws else base + 2 * s + arm)))
+        def generator_of(s, arm):
+            return random.Random(1000 * repeat + (0 if same_draws else 2 * s + arm))
+
+        d_acc.append(the_log(accuracy, 16, generator_of))
     d_acc = np.array(d_acc)    # (700, S)
     floor = stats.noise_floor(accuracy, draws=16, log_seeds=3)
     suffix = "_same" if same_draws else ""

@@ -289,6 +289,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     if (!has_context || two != 1 || three != 1 || stream != (void*)0x123456789abc || extra) return 1;
     unsigned grid[3] = {x, y, z};
     launches++;
+    has_context = 0;  // as in a thread that comes new to the driver
     return ((Run)function)(grid, threads, shared, arguments, launches, 0);
 }
 }
@@ -354,6 +355,13 @@ def test_kernels_through_the_driver_give_the_recurrence(stub_gpu, B, T, H):
     with torch.no_grad():
         y, state = on_stub(*tensors)
     assert torch.equal(y, results[0]) and torch.equal(state, results[1])
+
+
+def test_kernels_get_the_shared_memory_they_ask_for(stub_gpu, emulated):
+    """A block that writes past the end of its shared memory, which no emulation would notice."""
+    forward, backward = (ctypes.c_int * 2).in_dll(ctypes.CDLL(str(emulated[0])), "wkv_shared_bytes")
+    shared = operator.load(0, 16, True).shared
+    assert [shared[name] for name in kernel_loader.ENTRY_POINTS] == [forward, forward, backward, 0, 0]
 
 
 def test_kernels_take_strided_and_misaligned_tensors(stub_gpu):
