@@ -81,6 +81,15 @@ def gathered(items: list) -> list:
     return [item for part in lists for item in part]
 
 
+def agreed(value: float) -> float:
+    """The largest of the processes' values: clocks and signals differ, but all must stop at the same step."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
@@ -226,12 +235,12 @@ class ArmRun:
                 self.save()
             if finished:
                 break
-            if stop_requested:
+            if agreed(len(stop_requested)):
                 self.save()
                 raise Stopped(f"{self.name}: stopped after step {self.progress.step}; run the same command to go on",
-                              stop_requested[0])
+                              max(stop_requested, default=signal.SIGTERM))
             self.train_step(trainer, next(stream))
-            if time.monotonic() - self.last_save > SECONDS_BETWEEN_CHECKPOINTS:
+            if agreed(time.monotonic() - self.last_save) > SECONDS_BETWEEN_CHECKPOINTS:
                 self.save()
         if is_main():
             model.save(self.folder / "model.pth")
@@ -244,10 +253,7 @@ class ArmRun:
         """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
         if self.minutes is None:
             return self.progress.step >= self.round.steps
-        seconds = torch.tensor(self.progress.seconds)
-        if world_size() > 1:
-            dist.broadcast(seconds, 0)    # the ranks' clocks differ and all must stop at the same step
-        return seconds.item() >= 60 * self.minutes
+        return agreed(self.progress.seconds) >= 60 * self.minutes
 
     def evaluated(self) -> bool:
         return any("loss" in line and line["step"] == self.progress.step for line in self.progress.metrics)
@@ -256,21 +262,27 @@ class ArmRun:
         """One optimiser step on a batch, this process's share of it in pieces of micro_batch_size rows."""
         started = time.monotonic()
         share = batch[rank()::world_size()]
-        piece = self.round.micro_batch_size or len(batch)
+        # DistributedDataParallel averages over processes: world_size makes it the mean over the whole batch. A process
+        # without a row, where a last batch is small, takes part with one that does not count
+        weight = world_size() / len(batch) if share else 0.0
+        rows = share or batch[:1]
+        size = self.round.micro_batch_size or len(rows)
+        pieces = [rows[i:i + size] for i in range(0, len(rows), size)]
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
-        for i in range(0, len(share), piece):
-            tensors = [t.to(self.device, non_blocking=True) for t in collate(share[i:i + piece])]
+        for i, piece in enumerate(pieces):
+            if world_size() > 1:
+                trainer.require_backward_grad_sync = i == len(pieces) - 1    # as no_sync() does: once a step
+            tensors = [t.to(self.device, non_blocking=True) for t in collate(piece)]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = trainer(*tensors)
-            # DistributedDataParallel averages over processes: world_size makes it the mean over the whole batch
-            (loss.sum() * (world_size() / len(batch))).backward()
+            (loss.sum() * weight).backward()
             losses.append(loss.detach())
         self.optimizer.step()
         self.progress.step += 1
-        self.pending.append((self.progress.step, torch.cat(losses), [example.id for example in share]))
+        self.pending.append((self.progress.step, torch.cat(losses)[:len(share)], [example.id for example in share]))
         self.progress.seconds += time.monotonic() - started
-        if time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+        if agreed(time.monotonic() - self.last_line) > SECONDS_BETWEEN_LINES:
             self.read_losses()
             self.print_progress(sum(len(example.prompt) + len(example.answer) for example in batch))
 

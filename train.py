@@ -37,7 +37,8 @@ EXAMPLES = """examples:
   python train.py --round R9 --seeds 0-4              both parts of R9, five seeds each
   python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
   python train.py --round R8 --base init:L12-D64 --set steps=2 n_train=8 n_val=4      a smoke test, no weights needed
-  torchrun --nproc_per_node=4 train.py --round R2     four processes share each batch
+  torchrun --nproc_per_node=4 train.py --round R2     four processes share each batch; where a batch has fewer rows
+                                                      than there are processes (R6 to R10), they take a seed each
 """
 
 
@@ -185,10 +186,19 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         list_rounds(args.runs)
         return
-    rounds = load_rounds()
-    for name in expand(args.round):
-        round = with_settings(rounds[name], args.settings)
-        for seed in chosen_seeds(args, round):
+    rounds = [with_settings(load_rounds()[name], args.settings) for name in expand(args.round)]
+    seeds = [chosen_seeds(args, round) for round in rounds]
+    share = slice(None)
+    processes = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
+    if processes > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if min(round.batch_size for round in rounds) >= processes:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")    # to share batches
+        else:
+            share = slice(int(os.environ["RANK"]), None, processes)    # too small to share: each has its own seeds
+    for round, round_seeds in zip(rounds, seeds):
+        for seed in round_seeds[share]:
             run_seed(round, seed, args)
 
 
@@ -198,10 +208,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ from run to run
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         run(args)
         return 0
     except Stopped as stop:
@@ -211,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         say("stopped at once; what was saved before is kept, and the same command goes on from there")
         return 130
     except torch.OutOfMemoryError:
-        say("error: out of memory on the GPU; lower micro_batch_size or set checkpoint_activations=true, as in "
+        say("error: out of memory; lower micro_batch_size or set checkpoint_activations=true, as in "
             "--set micro_batch_size=1 checkpoint_activations=true, or lower max_prompt")
         return 2
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
-"""The WKV-7 operator: RWKV-7's matrix memory, one a head, with an initial and a final state and all gradients.
+"""The WKV-7 operator: RWKV-7's matrix memory, with an initial and a final state and all gradients.
 
-The state S maps keys to values. A token lets its columns decay, reads what the memory holds under a and writes that
-to b (the delta rule: take the old value away, give the new one), adds its own key and value, and is read with r:
+Each head's state S maps keys to values. A token lets its columns decay, reads what it holds under a and writes
+that to b (the delta rule: the old value goes, the new one comes), adds its key and value, and is read with r:
 
     u_t = S_{t-1} a_t
     S_t = S_{t-1} diag(w_t) + u_t b_t^T + v_t k_t^T          w_t = exp(log_w_t)
@@ -14,14 +14,14 @@ Four functions, all (r, log_w, k, v, a, b, state=None) -> (y, final state):
     wkv_cuda        wkv_kernel.cu on an Nvidia GPU, compiled at first use
     wkv             the fastest of them for the inputs at hand
 
-r, log_w, k, v, a, b are (B, T, H, N). log_w is in (-0.6066, 0], as RWKV-7 makes it (-exp(-0.5) times a sigmoid): that
-is what makes the chunked forms safe. The state is (B, H, N, N), [value, key], fp32 (fp64 where v is); None means
+r, log_w, k, v, a, b are (B, T, H, N). log_w is in (-0.6066, 0], as RWKV-7 makes it (-exp(-0.5) sigmoid):
+that makes the chunked forms safe. The state is (B, H, N, N), [value, key], fp32 (fp64 where v is); None means
 zeros. y has v's dtype. A position with log_w = k = v = a = b = 0 leaves the state as it is, bit for bit.
 
 Reference: Peng et al. 2025, "RWKV-7 Goose" (arXiv:2503.14456). The chunked form is that of Yang et al. 2024,
 "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (arXiv:2406.06484), with decay.
 
-Shapes: B batch, T tokens, H heads, N head size; L tokens in a chunk, G chunks in a span, GBH = G * B * H, BH = B * H.
+Shapes: B batch, T tokens, H heads, N head size; L tokens a chunk, G chunks a span; BH = B * H, GBH = G * B * H.
 """
 
 import functools
@@ -33,21 +33,22 @@ from torch import Tensor
 from kernel_loader import HEAD_SIZES, Kernels, launch, load
 
 SHORT = 3  # tokens, up to which single steps are faster than a chunk
-CPU_SPAN = 2**17  # numbers an array of a span has at most: on a CPU what stays in the cache, on a GPU few large ones
-GPU_SPAN = 2**23
+CPU_SPAN = 2**17  # the most numbers in an array of a span: on a CPU they should stay in the cache
+GPU_SPAN = 2**23  # a GPU wants few large arrays
 
 
 def wkv(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The operator in its fastest form for these inputs. Shapes, dtypes and errors as in wkv_reference."""
-    if v.is_cuda and v.dtype != torch.float64 and _kernel_for(v.device.index, v.shape[-1], v.dtype == torch.bfloat16):
-        return wkv_cuda(r, log_w, k, v, a, b, state)
+    if v.is_cuda and v.dtype != torch.float64:
+        if _kernel_for(v.device.index, v.shape[-1], v.dtype == torch.bfloat16):
+            return wkv_cuda(r, log_w, k, v, a, b, state)
     return wkv_chunked(r, log_w, k, v, a, b, state)
 
 
 def wkv_reference(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence as written, one token at a time.
 
-    r, log_w, k, v, a, b: (B, T, H, N), any float dtype, computed in fp32 (in fp64 if v is). state: (B, H, N, N) or None.
+    r, log_w, k, v, a, b: (B, T, H, N), any float dtype, computed in fp32, or fp64 if v is. state: (B, H, N, N).
     Returns y (B, T, H, N) in v's dtype and the final state (B, H, N, N) in fp32 (fp64).
     Raises ValueError where shapes, dtypes or devices do not fit together.
     """
@@ -65,16 +66,15 @@ def _checked(r, log_w, k, v, a, b, state) -> tuple[tuple[Tensor, ...], Tensor]:
     """The six inputs and the state to start from, or a ValueError that says which of them does not fit."""
     inputs = (r, log_w, k, v, a, b)
     if v.dim() != 4 or 0 in v.shape:
-        raise ValueError(f"wkv: v must be (B, T, H, N), none of them 0, and is {tuple(v.shape)}")
-    for name, x in zip(("r", "log_w", "k", "v", "a", "b"), inputs):
-        if x.shape != v.shape or x.device != v.device or not x.is_floating_point():
-            raise ValueError(f"wkv: {name} must be {tuple(v.shape)}, float, on {v.device}, and is {_described(x)}")
+        raise ValueError(f"wkv: v must be (B, T, H, N), none of them 0, but is {tuple(v.shape)}")
     B, _, H, N = v.shape
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if state is None:
-        return inputs, v.new_zeros(B, H, N, N, dtype=dtype)
-    if state.shape != (B, H, N, N) or state.device != v.device or not state.is_floating_point():
-        raise ValueError(f"wkv: state must be {(B, H, N, N)}, float, on {v.device}, and is {_described(state)}")
+        state = v.new_zeros(B, H, N, N, dtype=dtype)
+    for name, x in zip(("r", "log_w", "k", "v", "a", "b", "state"), (*inputs, state)):
+        shape = (B, H, N, N) if name == "state" else tuple(v.shape)
+        if x.shape != shape or x.device != v.device or not x.is_floating_point():
+            raise ValueError(f"wkv: {name} must be {shape}, float, on {v.device}, but is {_described(x)}")
     return inputs, state.to(dtype)
 
 
@@ -82,32 +82,35 @@ def _described(x: Tensor) -> str:
     return f"{tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}, on {x.device}"
 
 
-# ---- the chunked form ------------------------------------------------------------------------------------------
+# ---- the chunked form --------------------------------------------------------------------------------------
 #
-# In a chunk that starts from S_0, let c_t = log_w_1 + ... + log_w_t and P_t = exp(c_t), to which a column of S_0 has
-# decayed at t. Unrolled, the recurrence is causal attention with two queries and two key-value pairs a token: a reads
-# before the token is written, to make u, and r after, to make y; b writes u, and k writes v. The decay from s to t
-# is P_t / P_s, so it splits between query and key:
+# In a chunk that starts from S_0, let c_t = log_w_1 + ... + log_w_t and P_t = exp(c_t), which is what a
+# column of S_0 has decayed to at t. Unrolled, the recurrence is causal attention with two queries and two
+# key-value pairs a token: a reads before the token is written, to make u, and r after, to make y; b writes u,
+# and k writes v. The decay from s to t is P_t / P_s, so it splits between query and key:
 #
-#     queries = [a_t P_{t-1}; r_t P_t]     keys = [b_s / P_s; k_s / P_s]     values = [u_s; v_s]      (2L, N) each
-#     scores  = queries keys^T, kept for s < t in the rows of a and for s <= t in those of r          (2L, 2L)
+#     queries = [a_t P_{t-1}; r_t P_t]    keys = [b_s / P_s; k_s / P_s]    values = [u_s; v_s]    (2L, N) each
+#     scores  = queries keys^T, kept for s < t in the rows of a and for s <= t in those of r    (2L, 2L)
 #     [u; y]  = scores values + queries S_0^T
 #     S_L^T   = diag(P_L) (S_0^T + keys^T values)
 #
-# u is on both sides: with scores_ab and scores_ak for the part of a's rows under b and k, and M = (I - scores_ab)^-1,
-#     u = M scores_ak v + (M queries_a) S_0^T
-# where only the last factor needs the state. So a span of chunks does everything else at once, in batched products,
-# and a short loop carries the state through it. The code holds states transposed, as [key, value].
+# u is on both sides. Call a's rows under b and k scores_ab and scores_ak, and let M = (I - scores_ab)^-1; then
 #
-# M is a triangular solve. The doubling (I + X)(I + X^2)(I + X^4)... is not an option: where keys repeat, powers of X
-# grow to 1e9 and cancel. Dividing by P is safe: at the lowest decay P_L is 4e-9 for L = 32. No later token can change
-# an earlier y, not even its rounding: c is summed from the left, and what is masked is exactly zero.
+#     u = M scores_ak v + (M queries_a) S_0^T
+#
+# where only the last factor needs the state. So a span of chunks does everything else at once, in batched
+# products, and a short loop carries the state through it. The code holds states transposed, as [key, value].
+#
+# M is a triangular solve. The doubling (I + X)(I + X^2)(I + X^4)... is not an option: where keys repeat, the
+# powers of X grow to 1e9 and cancel. Dividing by P is safe: at the fastest decay P_L is 4e-9 for L = 32. No
+# later token can change an earlier y, not even its rounding: c is summed from the left, and what is masked is
+# exactly zero.
 
 
 def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence in matrix products, for any T and N. Shapes, dtypes and errors as in wkv_reference.
 
-    Its backward keeps the inputs and one state a span, and computes the rest again. It cannot be differentiated twice.
+    Its backward keeps the inputs and a state a span, and computes the rest again. There is no second derivative.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
     if v.shape[1] <= SHORT:
@@ -116,7 +119,7 @@ def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
 
 
 class _Chunked(torch.autograd.Function):
-    """Span by span with the state handed on; backward from the last span with the state's gradient handed back."""
+    """Span after span, the state handed on; backward from the last span, the state's gradient handed back."""
 
     @staticmethod
     def forward(ctx, state, *inputs):
@@ -151,7 +154,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _spans(x: Tensor) -> list[tuple[int, int, int]]:
-    """Cuts (B, T, H, N) into spans (first token, G chunks, of L tokens), and one shorter chunk for what is left over."""
+    """Cuts (B, T, H, N) into spans (first token, G, L), and at the end one shorter chunk of what is left."""
     B, T, H, N = x.shape
     L = 32 if N > 32 else 16
     G = max(1, (GPU_SPAN if x.is_cuda else CPU_SPAN) // (B * H * L * N))
@@ -162,7 +165,7 @@ def _spans(x: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _split(span, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-    """The chunks of a span one after the other: of one tensor (B, T, H, N) as (GBH, L, N), of two as (GBH, 2L, N)."""
+    """The chunks of a span one after the other: (B, T, H, N) as (GBH, L, N), two of them as (GBH, 2L, N)."""
     start, G, L = span
     chunks = [x[:, start : start + G * L].unflatten(1, (G, L)).permute(1, 0, 3, 2, 4) for x in tensors]
     return torch.cat([x.to(dtype) for x in chunks], dim=3).flatten(0, 2)
@@ -177,7 +180,7 @@ def _merge(part: Tensor, whole: Tensor, span) -> None:
 
 
 def _causal_(scores: Tensor) -> Tensor:
-    """Keeps, in place, what was written before a reads (the upper rows) and by the time r does (the lower ones)."""
+    """Keeps, in place, what is written before a reads (the upper rows) and by the time r does (the lower)."""
     L = scores.shape[1] // 2
     for columns in scores.split(L, 2):
         columns[:, :L].tril_(-1)
@@ -196,8 +199,8 @@ def _decay_(queries: Tensor, P: Tensor) -> Tensor:
 def _solve(inputs, span, S: Tensor) -> tuple[Tensor, ...]:
     """The matrices of a span, as named above, given the state (BH, N, N) before it.
 
-    P (GBH, L, N), queries, keys, values (GBH, 2L, N), scores (GBH, 2L, 2L), M (GBH, L, L), M queries_a (GBH, L, N), and
-    the states (GBH + BH, N, N) before each of its chunks and after the last.
+    P (GBH, L, N); queries, keys, values (GBH, 2L, N); scores (GBH, 2L, 2L); M (GBH, L, L); M queries_a
+    (GBH, L, N); and the states (GBH + BH, N, N) before each of its chunks and after the last.
     """
     r, log_w, k, v, a, b = inputs
     BH, L = len(S), span[2]
@@ -211,7 +214,9 @@ def _solve(inputs, span, S: Tensor) -> tuple[Tensor, ...]:
     M = torch.linalg.solve_triangular(identity - scores[:, :L, :L], identity, upper=False, unitriangular=True)
     M_a = M @ queries[:, :L]
     u = M @ (scores[:, :L, L:] @ v)  # as yet without what it reads from the state
-    states = torch.cat((S, keys[:, L:].mT @ v))  # as yet only what k writes
+    states = S.new_empty(len(P) + BH, *S.shape[1:])
+    states[:BH] = S
+    torch.bmm(keys[:, L:].mT, v, out=states[BH:])  # as yet only what k writes
     chunks = zip(*(x.split(BH) for x in (states[:-BH], states[BH:], P[:, -1, :, None], M_a, u, keys)))
     for S, S_next, P_L, M_a_chunk, u_chunk, key in chunks:
         u_chunk.baddbmm_(M_a_chunk, S)
@@ -228,9 +233,12 @@ def _solve_backward(inputs, span, S: Tensor, dy: Tensor, dS: Tensor) -> tuple[Te
     BH, L = len(S), span[2]
     dy = _split(span, S.dtype, dy)
     du = scores[:, L:, :L].mT @ dy  # as yet without what reaches u through later states
-    dstates = torch.cat((queries[:, L:].mT @ dy, dS))
+    dstates = torch.empty_like(states)
+    torch.bmm(queries[:, L:].mT, dy, out=dstates[:-BH])
+    dstates[-BH:] = dS
     dsums = torch.empty_like(states[BH:])  # of S_0^T + keys^T values
-    chunks = zip(*(x.split(BH) for x in (dstates[:-BH], dstates[BH:], dsums, P[:, -1, :, None], M_a, du, keys)))
+    by_chunk = (dstates[:-BH], dstates[BH:], dsums, P[:, -1, :, None], M_a, du, keys)
+    chunks = zip(*(x.split(BH) for x in by_chunk))
     for dS, dS_next, dsum, P_L, M_a_chunk, du_chunk, key in reversed(list(chunks)):
         torch.mul(P_L, dS_next, out=dsum)
         du_chunk.baddbmm_(key[:, :L], dsum)
@@ -240,7 +248,8 @@ def _solve_backward(inputs, span, S: Tensor, dy: Tensor, dS: Tensor) -> tuple[Te
     dqueries = (dreads @ states[:-BH].mT).baddbmm_(dscores, keys)
     dkeys = (values @ dsums.mT).baddbmm_(dscores.mT, queries)
     dv = (scores[..., L:].mT @ dreads).baddbmm_(keys[:, L:], dsums)
-    # c_t is in P_t, which scales r_t, b_t, k_t and a_{t+1}, and at t = L the next state
+    # c_t is in P_t, which scales r_t, b_t, k_t, a_{t+1} and, for t = L, the next state. Much of that cancels:
+    # fp32 has the digits for it, while the bf16 kernel sums in another order
     from_a, from_r = (queries * dqueries).split(L, 1)
     from_b, from_k = (keys * dkeys).split(L, 1)
     dc = from_r.sub_(from_b).sub_(from_k)
@@ -252,22 +261,21 @@ def _solve_backward(inputs, span, S: Tensor, dy: Tensor, dS: Tensor) -> tuple[Te
     return dr, dlog_w, dk, dv, da, db, dstates[:BH]
 
 
-# ---- the CUDA kernels ------------------------------------------------------------------------------------------
+# ---- the CUDA kernels --------------------------------------------------------------------------------------
 #
-# The top of wkv_kernel.cu lists the entry points and their arguments; kernel_loader.py compiles and launches them.
-# Two custom operators make them known to autograd and torch.compile, which run the `_outputs` functions in their place
-# to learn shapes and dtypes.
+# The top of wkv_kernel.cu lists the entry points and their arguments; kernel_loader.py loads and launches them.
+# Two custom operators show them to autograd and torch.compile, which learns their shapes from `_outputs`.
 
 
 def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
-    """The recurrence on a GPU. Shapes and errors as in wkv_reference, but not fp64, and N is 16, 32, 64 or 128.
+    """The recurrence on a GPU. Shapes and errors as in wkv_reference; not fp64; N is 16, 32, 64 or 128.
 
-    If v is bf16, all but log_w and the states is rounded to bf16 and multiplied on tensor cores (relative error up to
-    5e-3 in y, 1e-2 in gradients). Otherwise everything is fp32, token by token. OSError where no kernel can be had.
+    With v in bf16, all but log_w and the states is rounded to bf16 and multiplied on tensor cores (errors up to
+    5e-3 in y, 1e-2 in gradients); otherwise all is fp32, token by token. OSError where there is no kernel.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
     if not v.is_cuda or v.dtype == torch.float64 or v.shape[-1] not in HEAD_SIZES:
-        raise ValueError(f"wkv_cuda: v must be on a GPU, not fp64, with N in {HEAD_SIZES}, and is {_described(v)}")
+        raise ValueError(f"wkv_cuda: v must be on a GPU, not fp64, N in {HEAD_SIZES}, but is {_described(v)}")
     kernel = _kernel_for(v.device.index, v.shape[-1], v.dtype == torch.bfloat16)
     if not kernel:
         raise OSError("wkv_cuda: there is no kernel for this GPU; a notice on stderr said why")
@@ -279,7 +287,7 @@ def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
 
 
 def _forward_outputs(r, log_w, k, v, a, b, state, chunked, keep):
-    """Room for y, the final state, and what a backward needs: the state every 16 tokens and, token by token, u."""
+    """Room for y, the final state, and what a backward needs: states every 16 tokens and (token kernel) u."""
     B, T, H, N = r.shape
     checkpoints = (B, H, -(-T // 16), N, N) if keep else (0,)
     u = r.shape if keep and not chunked else (0,)
@@ -304,21 +312,22 @@ def _backward_outputs(r, log_w, k, v, a, b, checkpoints, u, dy, dstate):
 
 
 @torch.library.custom_op("wkv7::backward", mutates_args=())
-def cuda_backward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, checkpoints: Tensor, u: Tensor,
-                  dy: Tensor, dstate: Tensor) -> list[Tensor]:  # fmt: skip
+def cuda_backward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
+                  checkpoints: Tensor, u: Tensor, dy: Tensor, dstate: Tensor) -> list[Tensor]:  # fmt: skip
     (B, T, H, N), inputs = r.shape, (r, log_w, k, v, a, b)
     gradients = _backward_outputs(*inputs, checkpoints, u, dy, dstate)
     if u.numel():
         _launch("wkv_token_backward", r, 1, N, (*inputs, checkpoints, u, dy, dstate, *gradients))
         return gradients
-    # where B * H alone leaves processors idle, a cheap chain carries dstate through, and all segments follow at once
+    # where heads are few, a cheap chain carries dstate through first, and then all segments run at once
     chunks, processors = -(-T // 16), _kernels_on(r).processors
     segment = chunks if B * H >= 2 * processors else max(4, chunks * B * H // (4 * processors))
     segments = -(-chunks // segment)
     carry = dstate.new_empty((B, H, segments, N, N) if segments > 1 else (0,))
     if segments > 1:
         _launch_rows("wkv_backward_chain", r, (segment, r, log_w, a, b, dy, dstate, carry))
-    _launch("wkv_backward", r, segments, 2 * N, (segment, *inputs, checkpoints, dy, dstate, carry, *gradients))
+    arguments = (segment, *inputs, checkpoints, dy, dstate, carry, *gradients)
+    _launch("wkv_backward", r, segments, 2 * N, arguments)
     return gradients
 
 
@@ -346,7 +355,7 @@ def _launch(name: str, r: Tensor, grid_z: int, threads: int, arguments) -> None:
 
 
 def _launch_rows(name: str, r: Tensor, arguments) -> None:
-    """Launches one of the kernels that carry the state, its rows spread over blocks where there are few heads."""
+    """Launches one of the kernels that carry the state, its rows over several blocks where heads are few."""
     B, _, H, N = r.shape
     split = N // 16 if 2 * B * H < _kernels_on(r).processors else 1
     _launch(name, r, split, 32 * (5 + N // 16 // split), arguments)
@@ -359,7 +368,7 @@ def _kernel_for(gpu: int, N: int, bf16: bool) -> str:
 
 @functools.cache
 def _choose_kernel(gpu: int, N: int, bf16: bool) -> str:
-    """Which kernel takes such inputs, "chunked" or "token"; "", and a notice the first time, where there is none."""
+    """The kernel for such inputs, "chunked" or "token", or "" where there is none, with a notice once."""
     if N not in HEAD_SIZES:
         return ""
     try:

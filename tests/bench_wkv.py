@@ -1,14 +1,15 @@
 """Times the WKV-7 operator, ours beside others in one run.
 
-    python tests/bench_wkv.py                      on one CPU thread: wkv_chunked beside the recurrence, token by token
-    python tests/bench_wkv.py --device cuda        on a GPU: wkv_cuda beside fla if it is installed, and beside
-        [--wind PATH] [--rwkv-lm PATH]             clones of johanwind/wind_rwkv and BlinkDL/RWKV-LM
+    python tests/bench_wkv.py                   on one CPU thread: wkv_chunked beside the recurrence python
+    tests/bench_wkv.py --device cuda     on a GPU: wkv_cuda beside fla, if that is installed, and beside
+        [--wind PATH] [--rwkv-lm PATH]          clones of johanwind/wind_rwkv and BlinkDL/RWKV-LM
 
-On the CPU every figure comes from a process of its own: CPU milliseconds, the median of several runs, and the peak of
-its memory above what it held with the inputs made. "forward" keeps nothing for a backward.
+On the CPU every row comes from a process of its own: CPU milliseconds, the median of several runs, and the
+peak of its memory above what it held with the inputs made. "forward" keeps nothing for a backward.
 
-On a GPU all are first held against the recurrence in fp64. Times are medians between events, on inputs that rotate
-through more memory than the L2 cache holds; the floor is the bytes that have to move at the rate of a large copy.
+On a GPU all are first held against the recurrence in fp64. Times are medians between events, on inputs that
+rotate through more memory than the L2 cache holds; the floor is what has to be moved, at the rate of a large
+copy.
 
 Shapes: B batch, T tokens, H heads, N head size.
 """
@@ -50,11 +51,11 @@ def differentiate(function, tensors, weights):
     return *outputs, *torch.autograd.grad(outputs, tensors, weights)
 
 
-# ---- on the CPU ---------------------------------------------------------------------------------------------------
+# ---- on the CPU --------------------------------------------------------------------------------------------
 
 
 def measure_on_cpu(name, shape):
-    """Forward and forward + backward in CPU milliseconds, and their peaks in MiB, of the form of that name."""
+    """Of the form of that name, CPU milliseconds and peak MiB, forward and then forward + backward."""
     torch.set_num_threads(1)
     function = {"chunked": wkv_chunked, "reference": wkv_reference}[name]
     tensors = make(shape)
@@ -79,7 +80,8 @@ def measure_on_cpu(name, shape):
             run()
             milliseconds.append(1e3 * (time.process_time() - start))
         milliseconds = milliseconds[1:] or milliseconds  # the first one also warms up
-        result += [statistics.median(milliseconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+        result += [statistics.median(milliseconds), peak / 1024]
     return result
 
 
@@ -98,9 +100,10 @@ def bench_cpu():
             print(row.format(str(shape), name, *(f"{x:.1f}" for x in values), ratio), flush=True)
 
 
-# ---- on a GPU -----------------------------------------------------------------------------------------------------
+# ---- on a GPU ----------------------------------------------------------------------------------------------
 #
-# a peer is (function, how it wants our inputs, and whether it takes a state). Each names the decay in its own way.
+# a peer is a function, what turns our inputs into its own, and whether it takes a state. Each has its own
+# decay.
 
 
 def ours():
@@ -134,7 +137,8 @@ def rwkv_lm(path):
 
     folder = Path(path, "RWKV-v7", "train_temp", "cuda")
     sources = [str(folder / "rwkv7_clampw_v3_for_h100.cu"), str(folder / "rwkv7_clampw_v3.cpp")]
-    flags = ["-D_N_=64", "-D_CHUNK_LEN_=16", "--use_fast_math", "-O3", "-Xptxas -O3", "--extra-device-vectorization"]
+    flags = ["-D_N_=64", "-D_CHUNK_LEN_=16", "--use_fast_math", "-O3", "-Xptxas -O3"]
+    flags.append("--extra-device-vectorization")
     load(name="rwkv7_clampw_v3", sources=sources, is_python_module=False, extra_cuda_cflags=flags)
     operators = torch.ops.rwkv7_clampw_v3
 
@@ -161,12 +165,16 @@ def rwkv_lm(path):
     return lambda *inputs: (Operator.apply(*inputs), None), prepare, False
 
 
+def first_line(problem):
+    return (str(problem) or type(problem).__name__).splitlines()[0]
+
+
 def error(value, reference):
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
 def check(name, function, prepare, with_state, dtype=torch.bfloat16):
-    """Prints the relative L2 errors of a peer against the recurrence in fp64, and whether two runs give the same bits.
+    """Prints a peer's errors (relative L2) against the recurrence, and whether a rerun has the same bits.
 
     A peer that takes its decay or state in bf16 is charged with that rounding, which ours does not do.
     """
@@ -188,8 +196,8 @@ def check(name, function, prepare, with_state, dtype=torch.bfloat16):
     if with_state:
         errors["state"] = error(outputs[1], reference[1])
     errors |= {n: error(g, e) for n, g, e in zip(GRADIENTS, gradients, reference[2:])}
-    same = all(torch.equal(x, z) for x, z in zip(outputs, again))
-    print(f"{name:>12}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()) + f"  {'same' if same else 'OTHER'} bits again")
+    same = "same" if all(torch.equal(x, z) for x, z in zip(outputs, again)) else "OTHER"
+    print(f"{name:>12}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()) + f"  {same} bits again")
 
 
 def milliseconds(run, sets, runs=30):
@@ -217,7 +225,8 @@ def copy_rate():
 def bench_gpu(arguments):
     properties = torch.cuda.get_device_properties(0)
     rate, peers = copy_rate(), {}
-    print(f"{properties.name}, torch {torch.__version__}, CUDA {torch.version.cuda}, copies {rate / 1e9:.2f} TB/s")
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    print(f"{properties.name}, {versions}, copies at {rate / 1e9:.2f} TB/s")
     candidates = {"ours": ours, "fla": flash_linear_attention}
     if arguments.wind:
         candidates["wind_rwkv"] = lambda: wind(arguments.wind)
@@ -230,8 +239,8 @@ def bench_gpu(arguments):
             check(name, *peer)
             peers[name] = peer
             print(f"{'':>12}  ready after {time.perf_counter() - start:.1f} s")
-        except Exception as problem:  # a peer that does not build or run here is reported, and the others go on
-            print(f"{name:>12}: not measured: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}")
+        except Exception as problem:  # a peer may not build or run here; the others go on
+            print(f"{name:>12}: not measured: {first_line(problem)}")
     if "ours" in peers:
         check("ours, fp32", *ours(), dtype=torch.float32)
     row = "{:>22} {:>12} | {:>11} {:>8} | {:>11} {:>8}"
@@ -247,24 +256,28 @@ def bench_gpu(arguments):
             sets = []
             for _ in range(count):
                 tensors = [x.detach().requires_grad_() for x in prepare(*make(shape, "cuda", torch.bfloat16))]
-                weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16), torch.randn_like(tensors[-1])]
+                weights = [torch.randn_like(tensors[0]), torch.randn_like(tensors[-1])]
                 sets.append((tensors, weights))
 
             def forward(inputs):
                 with torch.no_grad():
                     function(*inputs[0])
 
+            def both(inputs):
+                differentiate(function, *inputs)
+
             try:
-                times = [milliseconds(run, sets) for run in (forward, lambda inputs: differentiate(function, *inputs))]
+                times = [milliseconds(run, sets) for run in (forward, both)]
             except Exception as problem:
-                print(row.format("", name, str(problem).splitlines()[0], "", "", ""))
+                print(f"{name:>35} | not measured: {first_line(problem)}")
                 continue
-            ratios = [f"{a / b:.1f}" for a, b in zip(times, floors)]
-            print(row.format("", name, f"{times[0]:.3f}", ratios[0], f"{times[1]:.3f}", ratios[1]), flush=True)
+            columns = [f"{x:.{digits}f}" for t, f in zip(times, floors) for x, digits in ((t, 3), (t / f, 1))]
+            print(row.format("", name, *columns), flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--wind", metavar="PATH", help="a clone of johanwind/wind_rwkv")
     parser.add_argument("--rwkv-lm", metavar="PATH", help="a clone of BlinkDL/RWKV-LM")

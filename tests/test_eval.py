@@ -213,6 +213,8 @@ def test_decoding_stops_when_every_row_has(model):
     assert stopped.shape[1] <= 3
     assert (stopped == greedy[:, : stopped.shape[1]]).all()
     assert generate(model, logits, state, 8, stop=(V + 1,)).shape == (3, 8)
+    only_first = next(token for token in greedy[0].tolist() if token not in greedy[1:])
+    assert generate(model, logits, state, 8, stop=(only_first,)).shape == (3, 8)
 
 
 # ---- exact match and F1 ------------------------------------------------------------------------------------
@@ -224,6 +226,7 @@ def test_decoding_stops_when_every_row_has(model):
     ("", "", 1, 0),
     ("", "Paris", 0, 0),
     ("anthem", "them", 0, 0),                                  # articles are whole words
+    ("pizza", "pizz", 0, 0),
     ("the the cat", "cat the", 1, 1),
     ("Barack Obama", "Barack Hussein Obama", 0, 0.8),
     ("to be or not to be", "to be", 0, 0.5),                   # common words count as often as both have them
@@ -235,6 +238,7 @@ def test_decoding_stops_when_every_row_has(model):
     ("no", "yes", 0, 0),
     ("no", "no one", 0, 0),
     ("noanswer", "the noanswer", 1, 1),
+    ("noanswer given", "noanswer", 0, 0),
     ("yesterday", "yes yesterday", 0, 2 / 3),
     ("two\n words", "two words", 1, 1),
     ("a.b", "ab", 1, 1),
@@ -364,9 +368,10 @@ LAST = range(31, 61)    # lines of the last evaluation
     (lambda f: change_line(f, 7, lambda line: line[:40]), "line 7"),
     (lambda f: change_line(f, 60, lambda line: line[:-1]), "line 60"),
     (lambda f: change_line(f, 9, "[]"), "line 9"),
-    (lambda f: change_line(f, 9, "{}, {}"), "line 9"),
+    (lambda f: change_line(f, 9, lambda line: f"{line}, {line}"), "line 9"),
     (lambda f: change_line(f, 9, ""), "line 9"),
     (lambda f: change_line(f, 9, lambda line: line.replace('"loss": ', '"loss": NaN, "x": ')), "line 9"),
+    (lambda f: change_line(f, 9, lambda line: line.replace('"loss": ', '"loss": Infinity, "x": ')), "line 9"),
     (lambda f: change_line(f, 9, lambda line: line.replace('"loss": ', '"loss": "1", "x": ')), "line 9"),
     (lambda f: change_line(f, 9, lambda line: line.replace('"tokens": 4', '"tokens": 0')), "line 9"),
     (lambda f: change_line(f, 9, lambda line: line.replace('"correct": ', '"correct": 1')), "line 9"),

@@ -6,7 +6,10 @@ Runs use a base of 3 layers and 16 channels and a dozen hand-made ARC questions,
 import json
 import os
 import random
+import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 import arm
 import train
+from conftest import ROOT
 from model import RWKV7, Config
 
 SMALL = ["steps=6", "n_train=12", "n_val=6", "batch_size=4", "eval_every=3", "lr=0.01", "fs_layer_start=1"]
@@ -54,13 +58,17 @@ def arguments(assets, base, runs, *more, settings=()):
             "--offline", "--device", "cpu", "--set", *SMALL, *settings, *more]
 
 
-def in_child(argv, kill_after=None, number=signal.SIGKILL):
-    """train.main in a forked process, perhaps sent a signal after some seconds. Returns the wait status' exit code."""
+def in_child(argv, kill_after=None, number=signal.SIGKILL, output=os.devnull, largest_file=None):
+    """train.main in a forked process: perhaps sent a signal after some seconds, perhaps on a disk that is full once a
+    file holds largest_file bytes. Returns its exit code, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
-        os.dup2(devnull, 2)
+        out = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)    # pytest had put its own in their place
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         os._exit(train.main(argv))
     if kill_after is not None:
         time.sleep(kill_after)
@@ -232,6 +240,38 @@ def test_a_damaged_checkpoint_is_named(assets, base, tmp_path, capsys):
     assert "checkpoint.pt" in one_line_error(capsys, argv)
 
 
+def test_a_full_disk_keeps_the_previous_checkpoint(finished, assets, base, tmp_path, monkeypatch):
+    """The checkpoint of 6 MB does not fit twice: once the disk has room again, the run ends with the same bits."""
+    argv = arguments(assets, base, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(arm.ArmRun, "finished", lambda self: self.progress.step >= 3)    # as if stopped after step 3
+        patch.setattr(arm.ArmRun, "write_run", lambda self, status: None)
+        patch.setattr(RWKV7, "save", lambda self, path: os._exit(7))
+        assert in_child(argv) == 7
+    folder = tmp_path / "R2" / "seed5" / "no_fs"
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert in_child(argv, output=tmp_path / "output", largest_file=100_000) == 2
+    lines = (tmp_path / "output").read_text().splitlines()
+    assert lines[-1].startswith("error: ") and "previous checkpoint is kept" in lines[-1], lines
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert in_child(argv) == 0
+    assert_same(outcome(finished), outcome(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_named(assets, base, tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "runs" in one_line_error(capsys, arguments(assets, base, tmp_path / "runs"))
+
+
+def test_out_of_memory_says_what_to_lower(assets, base, tmp_path, capsys, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(arm.Arm, "forward", forward)
+    assert "micro_batch_size" in one_line_error(capsys, arguments(assets, base, tmp_path))
+
+
 def test_a_loss_that_is_not_a_number_stops_the_arm(assets, base, tmp_path, capsys):
     """Catches an arm that trains on after a NaN, or that saves the ruined weights over the good ones."""
     error = one_line_error(capsys, arguments(assets, base, tmp_path, settings=["lr=1e30"]))
@@ -243,11 +283,7 @@ def test_pieces_of_a_batch_give_the_same_step(assets, base, tmp_path):
     """Gradient accumulation: pieces of 1 row against whole batches of 4, to fp32 summation order."""
     assert in_child(arguments(assets, base, tmp_path / "whole", settings=["steps=2", "lr=1e-3"])) == 0
     assert in_child(arguments(assets, base, tmp_path / "pieces", settings=["steps=2", "lr=1e-3", "micro_batch_size=1"])) == 0
-    losses = []
-    for name in ("whole", "pieces"):
-        lines = (tmp_path / name / "R2/seed5/prompt_fs/metrics.jsonl").open()
-        losses.append([value for line in lines for key, value in json.loads(line).items() if "loss" in key])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "pieces"), rel=1e-4)
 
 
 def test_list_and_help(tmp_path, finished, capsys):
@@ -260,3 +296,38 @@ def test_list_and_help(tmp_path, finished, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([])
     assert stop.value.code == 2
+
+
+def torchrun(processes, argv):
+    """train.py under torchrun on the loopback address."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1",
+               f"--master_port={20000 + os.getpid() % 20000}", str(ROOT / "train.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def losses_of(runs):
+    lines = (runs / "R2/seed5/prompt_fs/metrics.jsonl").open()
+    return [value for line in lines for key, value in json.loads(line).items() if "loss" in key]
+
+
+def test_two_processes_train_as_one(assets, base, tmp_path):
+    """Catches a gradient averaged twice, a share counted wrong (the batches of 3 do not divide by 2, and the last one
+    has a single row), and an evaluation that loses or doubles an example when it is put together."""
+    settings = ["lr=1e-3", "batch_size=3", "n_train=10", "steps=4", "n_val=5"]
+    assert in_child(arguments(assets, base, tmp_path / "one", settings=settings)) == 0
+    result = torchrun(2, arguments(assets, base, tmp_path / "two", settings=settings))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+    ids = [[json.loads(line)["id"] for line in (tmp_path / name / "R2/seed5/no_fs/records.jsonl").open()]
+           for name in ("one", "two")]
+    assert ids[0] == ids[1] and len(ids[0]) == 3 * 5
+
+
+def test_processes_take_seeds_where_a_batch_is_too_small_to_share(assets, base, tmp_path):
+    argv = arguments(assets, base, tmp_path, "--seeds", "5-7", settings=["batch_size=1", "steps=1"])
+    del argv[argv.index("--seed"):argv.index("--seed") + 2]
+    result = torchrun(2, argv)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for seed in (5, 6, 7):
+        assert json.loads((tmp_path / f"R2/seed{seed}/prompt_fs/run.json").read_text())["status"] == "done"
