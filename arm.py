@@ -160,6 +160,7 @@ class Progress:
     """What a resumable checkpoint holds beside weights and optimiser."""
 
     step: int = 0             # optimiser steps taken
+    tokens: int = 0           # read in them, without padding
     seconds: float = 0.0      # spent in them
     metrics: list[dict] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)
@@ -243,6 +244,7 @@ class ArmRun:
             if agreed(time.monotonic() - self.last_save) > SECONDS_BETWEEN_CHECKPOINTS:
                 self.save()
         if is_main():
+            self.write_lines()    # once more: a run may have died between its last checkpoint and these files
             model.save(self.folder / "model.pth")
             if fs is not None:
                 save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()}, self.folder / "fs.pth")
@@ -280,11 +282,12 @@ class ArmRun:
             losses.append(loss.detach())
         self.optimizer.step()
         self.progress.step += 1
+        self.progress.tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
         self.pending.append((self.progress.step, torch.cat(losses)[:len(share)], [example.id for example in share]))
         self.progress.seconds += time.monotonic() - started
         if agreed(time.monotonic() - self.last_line) > SECONDS_BETWEEN_LINES:
             self.read_losses()
-            self.print_progress(sum(len(example.prompt) + len(example.answer) for example in batch))
+            self.print_progress()
 
     def read_losses(self) -> None:
         """Bring the losses since the last call from the device, which waits for it, and stop if one is not finite."""
@@ -298,12 +301,12 @@ class ArmRun:
             self.progress.metrics.append({"step": step, "train_loss": mean})
         self.pending.clear()
 
-    def print_progress(self, tokens: int) -> None:
+    def print_progress(self) -> None:
         step, seconds = self.progress.step, self.progress.seconds
         total = self.round.steps if self.minutes is None else f"~{int(step * 60 * self.minutes / seconds)}"
         left = seconds / step * (self.round.steps - step) if self.minutes is None else 60 * self.minutes - seconds
         loss = self.progress.metrics[-1]["train_loss"]
-        say(f"{self.name}: step {step}/{total}, loss {loss:.3f}, {tokens * step / seconds:,.0f} tokens/s, "
+        say(f"{self.name}: step {step}/{total}, loss {loss:.3f}, {self.progress.tokens / seconds:,.0f} tokens/s, "
             f"{duration(left)} left")
         self.last_line = time.monotonic()
 
@@ -351,18 +354,21 @@ class ArmRun:
         self.last_save = time.monotonic()
         if not is_main():
             return
-        progress = vars(self.progress)
         try:
-            state = {"arm": self.arm.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": progress}
+            state = {"arm": self.arm.state_dict(), "optimizer": self.optimizer.state_dict(),
+                     "progress": vars(self.progress)}
             save_tensors(state, self.folder / "checkpoint.pt")
-            for name in ("metrics", "records"):
-                with atomic_write(self.folder / f"{name}.jsonl", "w") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in progress[name])
+            self.write_lines()
             self.write_run("running")
         except OSError as error:
             kept = "the previous checkpoint is kept" if self.has_checkpoint() else "nothing was saved before"
             raise OSError(f"{self.folder}: cannot save at step {self.progress.step} ({error.strerror or error}); {kept}; free some space "
                           "and run the same command to go on") from error
+
+    def write_lines(self) -> None:
+        for name in ("metrics", "records"):
+            with atomic_write(self.folder / f"{name}.jsonl", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in getattr(self.progress, name))
 
     def write_run(self, status: str) -> None:
         if is_main():

@@ -200,7 +200,8 @@ def text_of(result: dict) -> str:
             arms = f"{value['no_fs']:>8.4f} {value['prompt_fs']:>10.4f}"
             lines.append(f"  {metric:<6} {line['seed']:<5} {line['step']:>7} {arms}  {value['d']:+.4f}  "
                          f"{interval(value)}  {value['p']:.3f}")
-        lines.append(f"  {metric:<6} mean {'':<29}{overall(result['over_seeds'][metric])}")
+        if S > 1:
+            lines.append(f"  {metric:<6} mean {'':<29}{overall(result['over_seeds'][metric])}")
     if S == 1:
         lines.append("  a single seed: its intervals allow for other questions, not for other seeds")
     lines.append(f"  verdict: {result['verdict']}")

@@ -133,7 +133,7 @@ def test_records_say_what_the_model_did(model, fs, task, with_fs):
 
 
 @given(batch_size=st.integers(1, 12), order=st.permutations(range(10)), with_fs=st.booleans())
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_records_depend_on_nothing_but_their_example(model, fs, batch_size, order, with_fs):
     """Catches padding that leaks between rows, and records that come back in the order of their lengths."""
     seed = fs if with_fs else None
@@ -489,8 +489,8 @@ def test_comparison_of_rounds(tmp_path):
 
 
 def test_the_logs_table_reproduces():
-    """The log's means, population deviations and signs, from its per-seed numbers, to the last digit; in R6 and
-    R10 its 4-digit inputs cannot carry the deviation's fourth digit, which is off by one."""
+    """The log's means, population deviations and signs, from its per-seed numbers, to the last digit; in R6
+    and R10 its 4-digit inputs cannot carry the deviation's fourth digit, which is off by one."""
     signs = {"R2": "3/0/0", "R3": "1/0/2", "R4": "2/0/1", "R5": "1/0/2", "R6": "2/0/1", "R7": "1/0/0",
              "R8": "2/0/1", "R9a": "2/0/1", "R9b": "1/0/2", "R10": "2/0/1"}
     for name, round in ROUNDS.items():

@@ -165,7 +165,8 @@ def test_p_values_are_uniform_without_an_effect(n):
 
 def test_exact_p_by_brute_force():
     """Catches a lost sign pattern, and ties broken by rounding: 0.1 + 0.2 is not 0.3."""
-    for values in ([0.1, 0.2, -0.3], [0.0156, 0.0234, 0.0625], [0.7, 0.3, 0, -0.4, -0.4], [0.1, -0.8, -0.4, 0, -0.1]):
+    for values in ([0.1, 0.2, -0.3], [0.0156, 0.0234, 0.0625], [0.7, 0.3, 0, -0.4, -0.4],
+                   [0.1, -0.8, -0.4, 0, -0.1]):
         flips = [abs(sum(s * v for s, v in zip(pattern, values)))
                  for pattern in itertools.product((1, -1), repeat=len(values))]
         expected = np.mean([flip >= abs(sum(values)) - 1e-12 for flip in flips])
@@ -180,7 +181,7 @@ def test_random_flips_agree_with_all_flips():
     patterns = np.array(list(itertools.product((1, -1), repeat=13)))
     exact = (np.abs(patterns @ x) >= abs(x.sum()) - 1e-12).mean()
     assert abs(stats.sign_flip_p(x) - exact) < 4 * math.sqrt(exact * (1 - exact) / 9999)
-    assert stats.sign_flip_p(np.ones(60)) == 1 / 10000    # as sure as it gets: the observed pattern is always one
+    assert stats.sign_flip_p(np.ones(60)) == 1 / 10000    # the observed pattern always counts
 
 
 # ---- verdict and power -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Runs use a base of 3 layers and 16 channels and a dozen hand-made ARC questions, so each takes a second or two.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import arm
+import files
 import train
 from conftest import ROOT
 from model import RWKV7, Config
@@ -163,6 +165,33 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base,
             assert_same(outcome(finished), outcome(runs))
             runs = tmp_path / str(kills)
     assert in_child(arguments(assets, base, runs)) == 0
+    assert_same(outcome(finished), outcome(runs))
+
+
+def test_killed_between_two_files_it_ends_with_the_same_bits(finished, assets, base, tmp_path, monkeypatch):
+    """Every life of the run dies right after it wrote some file: a checkpoint (each of an arm's three), or one of the
+    others for the first time. Random moments seldom fall into these gaps, as between the last checkpoint and the
+    metrics that belong to it."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    write = files.atomic_write
+
+    @contextlib.contextmanager
+    def deadly(path, *mode):
+        with write(path, *mode) as file:
+            yield file
+        if str(tmp_path) in str(path) and deaths.read_text().count(f"{path}\n") < (3 if "checkpoint" in str(path) else 1):
+            with open(deaths, "a") as file:
+                file.write(f"{path}\n")
+            os._exit(9)
+
+    monkeypatch.setattr(files, "atomic_write", deadly)
+    monkeypatch.setattr(arm, "atomic_write", deadly)
+    runs = tmp_path / "runs"
+    while (code := in_child(arguments(assets, base, runs))) == 9:
+        pass
+    assert code == 0
+    assert len(deaths.read_text().splitlines()) == 2 * (3 + 4) + 1    # and fs.pth
     assert_same(outcome(finished), outcome(runs))
 
 
