@@ -406,11 +406,13 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int,
         epoch, skip = epoch + 1, 0
 
 
-def collate(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), int64, right-padded with 0."""
-    def pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(row) for row in rows)
-        padded = [row + [0] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64), torch.tensor([len(row) for row in rows])
+def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
+    longest = max(len(row) for row in rows)
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    return padded.to(device), torch.tensor([len(row) for row in rows], device=device)
 
+
+def collate(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
     return (*pad([example.prompt for example in examples]), *pad([example.answer for example in examples]))

@@ -17,6 +17,7 @@ from typing import Sequence
 
 import torch
 
+from data import pad
 from fs import FutureSeed, prefill
 from model import LayerState, RWKV7
 from rounds import Round
@@ -56,15 +57,6 @@ def generate(model: RWKV7, logits, state, max_new: int, *, temperature=0.0, top_
         hidden, state = model(new[-1].unsqueeze(1), state=state)
         new.append(pick(model.head(hidden[:, -1]), temperature, top_p, random))
     return torch.stack(new, dim=1)
-
-
-def pad(rows: Sequence[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for place, row in zip(padded, rows):
-        place[: len(row)] = torch.tensor(row)
-    return padded.to(device), lengths.to(device)
 
 
 def text_of(tokens: list[int], tokenizer) -> str:

@@ -178,8 +178,11 @@ def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
         else:
             arm.run()
     if is_main() and args.arm == "both":
-        write_summary(round, args.runs)
-        print(report([round.name], args.runs))
+        try:
+            write_summary(round, args.runs)
+            print(report([round.name], args.runs))
+        except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
+            say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
 
 
 def run(args: argparse.Namespace) -> None:
