@@ -6,11 +6,12 @@ An arm lives in runs/R8/seed1/no_fs or .../prompt_fs:
     metrics.jsonl    a line a step (train_loss) and a line an evaluation
     records.jsonl    a line an example and evaluation: all that eval.py needs
     checkpoint.pt    while it runs: all that is needed to go on, on the CPU bit for bit
-    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own parameters
+    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
+                     parameters
 
-Everything that decides the numbers is a function of (base, settings, seed, step): batches are drawn by step, there is
-no dropout, and the two arms differ in nothing but the seed of fs.py. So a checkpoint is weights, optimiser and step.
-Several processes (torchrun) share each batch's rows and each evaluation's examples.
+Everything that decides the numbers is a function of (base, settings, seed, step): batches are drawn by step,
+there is no dropout, and the two arms differ in nothing but the seed of fs.py. So a checkpoint is weights,
+optimiser and step. Several processes (torchrun) share each batch's rows and each evaluation's examples.
 
 Shapes: B batch rows, T prompt tokens, A answer tokens, C channels, V vocabulary entries.
 """
@@ -41,7 +42,7 @@ SECONDS_BETWEEN_LINES = 2
 TOKENS_PER_EVALUATION_BATCH = 16384
 
 
-# ---- processes, devices, words --------------------------------------------------------------------------------------
+# ---- processes, devices, words -----------------------------------------------------------------------------
 
 class Stopped(Exception):
     """Ctrl-C or SIGTERM, after everything was saved."""
@@ -91,7 +92,8 @@ def agreed(value: float) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else platform.processor() or platform.machine())
 
 
 def say(text: str) -> None:
@@ -105,7 +107,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# ---- one arm -------------------------------------------------------------------------------------------------------
+# ---- one arm -----------------------------------------------------------------------------------------------
 
 class Arm(nn.Module):
     """A model and, in the prompt_fs arm, its seed. Its forward is the training loss of a batch."""
@@ -118,7 +120,8 @@ class Arm(nn.Module):
     def forward(self, prompt, prompt_lengths, answer, answer_lengths):
         """Each example's loss, as in the log: the first answer token's, plus the mean of the other tokens'.
 
-        Args: prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as data.collate gives them.
+        Args: prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as data.collate gives
+        them.
         Returns: (B,) fp32, negative log likelihoods in nats. Only answer positions get logits: (B, A, V), not
         (B, T, V), which would be a gigabyte at T = 4096.
         """
@@ -129,7 +132,9 @@ class Arm(nn.Module):
             hidden, _ = self.model(answer[:, :-1], state=state, lengths=answer_lengths - 1)
             before_answer = torch.cat([before_answer, hidden], dim=1)    # (B, A, C)
         logits = self.model.head(before_answer)                          # (B, A, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none").view(answer.shape)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), answer.flatten(), reduction="none",
+        ).view(answer.shape)
         positions = torch.arange(answer.shape[1], device=answer.device)
         rest = (positions > 0) & (positions < answer_lengths.unsqueeze(1))
         rest_loss = loss.masked_fill(~rest, 0).sum(dim=1) / (answer_lengths - 1).clamp_min(1)
@@ -137,7 +142,9 @@ class Arm(nn.Module):
 
 
 def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW with weight decay on the matrices only,
+    and learning rates of their own for Future-Seed's parameters.
+    """
     matrices, others = [], []
     for name, parameter in arm.model.named_parameters():
         if parameter.requires_grad:
@@ -169,7 +176,8 @@ class Progress:
 class ArmRun:
     """One arm of one seed of a round, from its folder to its folder."""
 
-    def __init__(self, round: Round, seed: int, arm_name: str, base, train, validation, tokenizer, folder: Path, args):
+    def __init__(self, round: Round, seed: int, arm_name: str, base, train, validation, tokenizer,
+                 folder: Path, args):
         self.round = round
         self.seed = seed
         self.name = f"{round.name} seed {seed} {arm_name}"
@@ -185,17 +193,23 @@ class ArmRun:
             "data": {"train": fingerprint(train), "validation": fingerprint(validation)},
         }
         self.surroundings = {
-            "device": device_name(self.device), "threads": torch.get_num_threads(), "world_size": world_size(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+            "device": device_name(self.device), "threads": torch.get_num_threads(),
+            "world_size": world_size(),
+            "versions": {
+                "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+            },
         }
         self.base = base
         self.progress = Progress()
-        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []    # step, losses not yet read from the device, ids
+        # step, losses not yet read from the device, ids
+        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
         self.last_save = time.monotonic()
         self.last_line = 0.0
 
     def state(self) -> str:
-        """ "absent", "running" or "done", from run.json. Raises ValueError where another run is in the folder."""
+        """ "absent", "running" or "done", from run.json.
+        Raises ValueError where another run is in the folder.
+        """
         path = self.folder / "run.json"
         if not path.exists():
             return "absent"
@@ -206,8 +220,8 @@ class ArmRun:
             raise ValueError(f"{path}: damaged ({error!r}); use --fresh to start over") from error
         different = differences(identity, json.loads(json.dumps(self.identity)))
         if different:
-            raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(different)}; use --fresh to "
-                             "replace it or --runs DIR to keep both")
+            raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(different)}; use "
+                             "--fresh to replace it or --runs DIR to keep both")
         changed = differences({key: found.get(key) for key in self.surroundings}, self.surroundings)
         if changed and status != "done":
             say(f"{self.name}: resuming elsewhere ({'; '.join(changed)}); the last bits may differ")
@@ -238,7 +252,8 @@ class ArmRun:
                 break
             if agreed(len(stop_requested)):
                 self.save()
-                raise Stopped(f"{self.name}: stopped after step {self.progress.step}; run the same command to go on",
+                raise Stopped(f"{self.name}: stopped after step {self.progress.step}; "
+                              "run the same command to go on",
                               max(stop_requested, default=signal.SIGTERM))
             self.train_step(trainer, next(stream))
             if agreed(time.monotonic() - self.last_save) > SECONDS_BETWEEN_CHECKPOINTS:
@@ -247,7 +262,8 @@ class ArmRun:
             self.write_lines()    # once more: a run may have died between its last checkpoint and these files
             model.save(self.folder / "model.pth")
             if fs is not None:
-                save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()}, self.folder / "fs.pth")
+                save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()},
+                             self.folder / "fs.pth")
             self.write_run("done")
             (self.folder / "checkpoint.pt").unlink()
 
@@ -264,8 +280,8 @@ class ArmRun:
         """One optimiser step on a batch, this process's share of it in pieces of micro_batch_size rows."""
         started = time.monotonic()
         share = batch[rank()::world_size()]
-        # DistributedDataParallel averages over processes: world_size makes it the mean over the whole batch. A process
-        # without a row, where a last batch is small, takes part with one that does not count
+        # DistributedDataParallel averages over processes: world_size makes it the mean over the whole batch.
+        # A process without a row, where a last batch is small, takes part with one that does not count
         weight = world_size() / len(batch) if share else 0.0
         rows = share or batch[:1]
         size = self.round.micro_batch_size or len(rows)
@@ -283,31 +299,38 @@ class ArmRun:
         self.optimizer.step()
         self.progress.step += 1
         self.progress.tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
-        self.pending.append((self.progress.step, torch.cat(losses)[:len(share)], [example.id for example in share]))
+        self.pending.append(
+            (self.progress.step, torch.cat(losses)[:len(share)], [example.id for example in share]),
+        )
         self.progress.seconds += time.monotonic() - started
         if agreed(time.monotonic() - self.last_line) > SECONDS_BETWEEN_LINES:
             self.read_losses()
             self.print_progress()
 
     def read_losses(self) -> None:
-        """Bring the losses since the last call from the device, which waits for it, and stop if one is not finite."""
+        """Bring the losses since the last call from the device, which waits for it,
+        and stop if one is not finite.
+        """
         for step, losses, ids in self.pending:
             losses = gathered(losses.tolist())
             mean = sum(losses) / len(losses)
             if not mean < float("inf"):
-                at_checkpoint = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
-                raise ValueError(f"{self.name}: the loss at step {step} is {mean} (examples {', '.join(gathered(ids))}); "
-                                 f"{at_checkpoint}; a lower lr may help, as in --set lr={self.round.lr / 3:.1g}")
+                at_checkpoint = ("the last checkpoint is kept" if self.has_checkpoint()
+                                 else "nothing was saved yet")
+                raise ValueError(f"{self.name}: the loss at step {step} is {mean} "
+                                 f"(examples {', '.join(gathered(ids))}); {at_checkpoint}; "
+                                 f"a lower lr may help, as in --set lr={self.round.lr / 3:.1g}")
             self.progress.metrics.append({"step": step, "train_loss": mean})
         self.pending.clear()
 
     def print_progress(self) -> None:
         step, seconds = self.progress.step, self.progress.seconds
         total = self.round.steps if self.minutes is None else f"~{int(step * 60 * self.minutes / seconds)}"
-        left = seconds / step * (self.round.steps - step) if self.minutes is None else 60 * self.minutes - seconds
+        left = (seconds / step * (self.round.steps - step) if self.minutes is None
+                else 60 * self.minutes - seconds)
         loss = self.progress.metrics[-1]["train_loss"]
-        say(f"{self.name}: step {step}/{total}, loss {loss:.3f}, {self.progress.tokens / seconds:,.0f} tokens/s, "
-            f"{duration(left)} left")
+        say(f"{self.name}: step {step}/{total}, loss {loss:.3f}, "
+            f"{self.progress.tokens / seconds:,.0f} tokens/s, {duration(left)} left")
         self.last_line = time.monotonic()
 
     def evaluate(self) -> None:
@@ -317,7 +340,8 @@ class ArmRun:
         self.arm.eval()
         records = score(
             self.arm.model, self.validation_examples[rank()::world_size()], self.arm.fs, device=self.device,
-            batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.round.max_prompt), task=self.round.task, step=step, tokenizer=self.tokenizer,
+            batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.round.max_prompt),
+            task=self.round.task, step=step, tokenizer=self.tokenizer,
             autocast=torch.bfloat16 if self.device.type == "cuda" else None,
         )
         self.arm.train()
@@ -326,8 +350,8 @@ class ArmRun:
         self.progress.records += records
         self.progress.metrics.append({"step": step, **summarise(records)})
         last = self.progress.metrics[-1]
-        say(f"{self.name}: step {step}, validation loss {last['loss']:.4f}, token accuracy {last['accuracy']:.4f}, "
-            f"exact match {last['exact']:.4f}, F1 {last['f1']:.4f}")
+        say(f"{self.name}: step {step}, validation loss {last['loss']:.4f}, "
+            f"token accuracy {last['accuracy']:.4f}, exact match {last['exact']:.4f}, F1 {last['f1']:.4f}")
 
     # -- what is kept on the disk
 
@@ -345,7 +369,8 @@ class ArmRun:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.progress = Progress(**saved["progress"])
         except Exception as error:    # a damaged file raises half a dozen types
-            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); use --fresh to start over") from error
+            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); "
+                             "use --fresh to start over") from error
         say(f"{self.name}: going on from step {self.progress.step}")
 
     def save(self) -> None:
@@ -362,7 +387,8 @@ class ArmRun:
             self.write_run("running")
         except OSError as error:
             kept = "the previous checkpoint is kept" if self.has_checkpoint() else "nothing was saved before"
-            raise OSError(f"{self.folder}: cannot save at step {self.progress.step} ({error.strerror or error}); {kept}; free some space "
+            raise OSError(f"{self.folder}: cannot save at step {self.progress.step} "
+                          f"({error.strerror or error}); {kept}; free some space "
                           "and run the same command to go on") from error
 
     def write_lines(self) -> None:

@@ -1,8 +1,8 @@
 """Nothing half written: the one way in which this project puts a file under its final name.
 
-A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary name
-in the same folder, flushed to the disk, and only then renamed, which the file system does in one step: a reader
-sees the whole old file or the whole new one, never a part.
+A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
+name in the same folder, flushed to the disk, and only then renamed, which the file system does in one step: a
+reader sees the whole old file or the whole new one, never a part.
 """
 
 import contextlib
@@ -39,9 +39,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def save_tensors(value, path: str | Path) -> None:
-    """torch.save, whole or not at all. Raises OSError, also for a full disk, which torch calls a RuntimeError."""
+    """torch.save, whole or not at all.
+    Raises OSError, also for a full disk, which torch calls a RuntimeError.
+    """
     try:
         with atomic_write(path) as file:
             torch.save(value, file)
     except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0][:120]})") from error
+        raise OSError(f"{path}: cannot be written, is the disk full? "
+                      f"({str(error).splitlines()[0][:120]})") from error

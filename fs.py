@@ -1,7 +1,9 @@
-"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, without ever scanning right to left.
+"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends,
+without ever scanning right to left.
 
-While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state at the
-prompt's END. Layer i-1 has finished by then, so nothing is circular, and every scan still runs left to right:
+While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state
+at the prompt's END. Layer i-1 has finished by then, so nothing is circular,
+and every scan still runs left to right:
 
     layer i-1   0 ──► t₁ ──► t₂ ──► … ──► t_T = S          S has seen the question at the prompt's end
                  ┌───────── gate · norm(S) ◄────┘
@@ -13,9 +15,11 @@ prompt's END. Layer i-1 has finished by then, so nothing is circular, and every 
     gate = sigmoid(alpha_i) · scale · schedule(i)
     S₀   = clip(gate · base, -clip, +clip)                         if clip > 0
 
-Answer tokens start from each layer's state at the end of the prompt, without Future-Seed, so decoding stays causal.
+Answer tokens start from each layer's state at the end of the prompt, without Future-Seed,
+so decoding stays causal.
 
-Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml), whose settings these are.
+Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml),
+whose settings these are.
 Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
 
@@ -41,10 +45,10 @@ class FutureSeed(nn.Module):
         detach: keep the gradient from flowing through the seed into the layer below.
         clip: bound on the seed's entries; 0 for none.
         scale: constant factor on every gate.
-        schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at the last:
-            "none" (1 everywhere), "linear" or "cosine".
-        gate: "scalar", one alpha a layer; "head", times the sigmoid of one alpha a head; "input", sigmoid(alpha_i +
-            <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
+        schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at
+            the last: "none" (1 everywhere), "linear" or "cosine".
+        gate: "scalar", one alpha a layer; "head", times the sigmoid of one alpha a head; "input",
+            sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
         train_alpha: train alpha (and the heads' alphas); otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
@@ -84,7 +88,8 @@ class FutureSeed(nn.Module):
         alpha = self.alpha[layer]
         if self.gate == "input":
             # a sum and not a matrix product, which autocast would round to bf16
-            drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])    # (B,)
+            # (B,)
+            drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])
             gate = torch.sigmoid(alpha + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
         elif self.gate == "head":
             gate = torch.sigmoid(alpha) * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
@@ -95,8 +100,8 @@ class FutureSeed(nn.Module):
     def forward(self, layer: int, below: torch.Tensor, x_last: torch.Tensor) -> torch.Tensor | None:
         """The state that `layer` starts the prompt from.
 
-        Args: layer, 0-based; below (B, H, N, N), the terminal state of layer - 1 over this prompt; x_last (B, C), the
-            layer's input at the prompt's last token.
+        Args: layer, 0-based; below (B, H, N, N), the terminal state of layer - 1 over this prompt;
+            x_last (B, C), the layer's input at the prompt's last token.
         Returns: (B, H, N, N) in below's dtype, or None for a layer that is not seeded.
         """
         if layer < self.layer_start:
@@ -121,7 +126,8 @@ def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float
     return low + (high - low) * progress
 
 
-def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None, fs: FutureSeed | None = None):
+def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None,
+            fs: FutureSeed | None = None):
     """Read prompts, with Future-Seed if `fs` is given, to the states from which answers are decoded.
 
     Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.

@@ -2,15 +2,16 @@
 
 References:
   the paper, "RWKV-7 Goose with Expressive Dynamic State Evolution", https://arxiv.org/abs/2503.14456
-  the official code, https://github.com/BlinkDL/RWKV-LM, RWKV-v7 (rwkv_v7_numpy.py is the same model in 100 lines)
+  the official code, https://github.com/BlinkDL/RWKV-LM (RWKV-v7/rwkv_v7_numpy.py is the model in 100 lines)
 
-A block is a time mix (tokens talk to each other, through a matrix state) and a channel mix (channels of one token talk
-to each other). Both first blend each token with the one before it, the token shift. Everything reads left to right.
-The parameters carry the official names, so a state_dict is an official checkpoint and no conversion table exists.
+A block is a time mix (tokens talk to each other, through a matrix state) and a channel mix (channels of one
+token talk to each other). Both first blend each token with the one before it, the token shift. Everything
+reads left to right. Parameters carry the official names, so a state_dict is an official checkpoint.
 
-This file knows nothing of Future-Seed but a hook: `seed(layer, below, x_last)` may choose where a layer's state starts.
+This file knows nothing of Future-Seed but a hook: `seed(layer, below, x_last)` may choose where a layer's
+state starts.
 
-Shapes: B batch rows, T tokens, C channels (n_embd), H heads, N head size (C = H N), L layers, V vocabulary entries.
+Shapes: B batch rows, T tokens, C channels (n_embd), H heads, N head size (C = H N), L layers, V vocabulary.
 """
 
 import math
@@ -30,14 +31,14 @@ from wkv import wkv
 LAYER_NORM_EPS = 1e-5
 HEAD_NORM_EPS = 64e-5     # of ln_x, the norm over each head's readout; the official value at every head size
 
-# (layer, terminal wkv state of the layer below (B, H, N, N), this layer's input at each row's last token (B, C))
-# -> the wkv state that this layer starts from (B, H, N, N), or None for the usual one
+# (layer, terminal wkv state of the layer below (B, H, N, N), this layer's input at each row's last token
+# (B, C)) -> the wkv state that this layer starts from (B, H, N, N), or None for the usual one
 SeedHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model. `published` computes them from the official rules, `from_weights` reads them off a file."""
+    """The sizes of a model: `published` computes them by the official rules, `from_weights` reads them."""
 
     n_layer: int       # L, blocks
     n_embd: int        # C, channels of the residual stream
@@ -58,12 +59,12 @@ class Config:
         """The official sizes for a depth and a width; the defaults are the 0.1b model (191 M parameters)."""
         def rank(multiplier):
             return max(32, 32 * round(multiplier * math.sqrt(n_embd) / 32))
-
-        return cls(n_layer, n_embd, head_size, vocab_size, 4 * n_embd, rank(2.5), rank(2.5), rank(1.7), rank(5.0))
+        ranks = (rank(multiplier) for multiplier in (2.5, 2.5, 1.7, 5.0))
+        return cls(n_layer, n_embd, head_size, vocab_size, 4 * n_embd, *ranks)
 
     @classmethod
     def from_weights(cls, weights: dict[str, torch.Tensor]) -> "Config":
-        """Read the sizes off an official state dict. Raises KeyError or ValueError where they cannot be had."""
+        """Read the sizes off an official state dict. KeyError or ValueError where they cannot be had."""
         blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
         n_layer = len(blocks)
         for layer in range(max(1, n_layer)):
@@ -123,7 +124,8 @@ class TimeMix(nn.Module):
         self.x_a = nn.Parameter(torch.zeros(1, 1, C))
         self.x_g = nn.Parameter(torch.zeros(1, 1, C))
 
-        # low-rank adapters, x -> bias + f(x @ first) @ second: decay, in-context learning rate, value residual, gate
+        # low-rank adapters, x -> bias + f(x @ first) @ second, for the decay, the in-context learning rate,
+        # the value residual and the gate
         self.w0 = nn.Parameter(torch.zeros(1, 1, C))
         self.w1 = nn.Parameter(torch.zeros(C, config.rank_w))
         self.w2 = nn.Parameter(torch.zeros(config.rank_w, C))
@@ -139,7 +141,7 @@ class TimeMix(nn.Module):
         self.g2 = nn.Parameter(torch.zeros(config.rank_g, C))
 
         self.k_k = nn.Parameter(torch.zeros(1, 1, C))    # key -> removal key
-        self.k_a = nn.Parameter(torch.zeros(1, 1, C))    # how far the learning rate scales the replacement key
+        self.k_a = nn.Parameter(torch.zeros(1, 1, C))    # how far the learning rate scales the key
         self.r_k = nn.Parameter(torch.zeros(H, N))       # weight of the bonus for the current token
 
         self.receptance = nn.Linear(C, C, bias=False)
@@ -222,21 +224,21 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(self, x, v_first, state: LayerState, padding, lengths):
-        mixed, v_first, time_shift, wkv_state = self.att(
-            self.ln1(x), v_first, state.time_shift, state.wkv, padding, lengths
-        )
+        mixed, v_first, time_shift, wkv_state = self.att(self.ln1(x), v_first, state.time_shift, state.wkv,
+                                                         padding, lengths)
         x = x + mixed
         mixed, channel_shift = self.ffn(self.ln2(x), state.channel_shift, lengths)
         return x + mixed, v_first, LayerState(time_shift, wkv_state, channel_shift)
 
 
 class RWKV7(nn.Module):
-    """The language model: `hidden, state = model(tokens)`, then `model.head(hidden)` for logits where they are needed."""
+    """The language model: `hidden, state = model(tokens)`, `model.head(hidden)` where logits are needed."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False    # True: recompute each block in the backward, a fraction of the memory
+        # True: recompute each block in the backward, for a fraction of the memory
+        self.checkpoint_activations = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -255,9 +257,9 @@ class RWKV7(nn.Module):
         Args:
             tokens: (B, T) int64, right-padded with any valid id where `lengths` is given.
             state: what the layers remember, as returned by an earlier call; None before the first token.
-            lengths: (B,) int64 on the tokens' device, each row's own tokens, 0 to T (at least 1 with `seed`); None
-                for T. Results and states are as if the row stood alone; hidden vectors of padding mean nothing.
-            seed: see SeedHook; asked once for every layer from 1 on. Its answer takes the place of the layer's wkv.
+            lengths: (B,) int64, each row's own tokens, 0 to T (at least 1 with `seed`), or None for T
+                everywhere. Results and states are as if the row stood alone; padding has no meaning.
+            seed: see SeedHook; asked for every layer from 1 on. Its answer replaces the layer's wkv.
 
         Returns: hidden (B, T, C) after `ln_out`; state, a list of LayerState, after each row's last token.
         Raises: ValueError if tokens is not (B, T) with T > 0.
@@ -269,7 +271,7 @@ class RWKV7(nn.Module):
             state = self.empty_state(B)
         padding = None
         if lengths is not None:
-            padding = (torch.arange(T, device=tokens.device) >= lengths.unsqueeze(1)).unsqueeze(-1)    # (B, T, 1)
+            padding = torch.arange(T, device=tokens.device).view(T, 1) >= lengths.view(B, 1, 1)    # (B, T, 1)
         last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
         rows = torch.arange(B, device=tokens.device)
 
@@ -282,59 +284,55 @@ class RWKV7(nn.Module):
                 seeded = seed(layer, new_state[-1].wkv, x[rows, last])
                 if seeded is not None:
                     before = before._replace(wkv=seeded)
+            inputs = x, v_first, before, padding, lengths
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, v_first, after = checkpoint(block, x, v_first, before, padding, lengths, use_reentrant=False)
+                x, v_first, after = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x, v_first, after = block(x, v_first, before, padding, lengths)
+                x, v_first, after = block(*inputs)
             new_state.append(after)
         return self.ln_out(x), new_state
 
     @classmethod
     def load(cls, path: str | Path) -> "RWKV7":
-        """Read an official .pth (any release, bf16 or fp32, saved from any device) into fp32 parameters on the CPU.
+        """Read an official .pth (any release, bf16 or fp32, from any device) into fp32 parameters on the CPU.
 
-        Nothing in the file is executed. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
+        Nothing in the file is executed. Raises FileNotFoundError, or ValueError that names file and fault.
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such checkpoint; give --base the path of an official RWKV-7 .pth file")
+            raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:    # torch raises half a dozen types here; all mean that the file is not usable
+        except Exception as error:    # torch raises half a dozen types here
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{path}: not a readable checkpoint, is it complete? ({reason[:160]})") from error
+            raise ValueError(f"{path}: not a readable checkpoint, is it whole? ({reason[:160]})") from error
         is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
         if not is_dict or not all(is_plain(tensor) for tensor in weights.values()):
-            raise ValueError(f"{path}: not a state dict of dense floating point tensors, so not an RWKV-7 checkpoint")
+            raise ValueError(f"{path}: not a state dict of dense float tensors, so not an RWKV-7 checkpoint")
         try:
             config = Config.from_weights(weights)
             with torch.device("meta"):    # shapes only: the file's tensors become the parameters
                 model = cls(config)
         except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint, cannot read its sizes from {error}") from error
+            raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: no sizes from {error}") from error
 
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"):
             weights.setdefault(name, torch.zeros(expected[name]))
         wrong = [f"{name} is missing" for name in expected if name not in weights]
         wrong += [f"{name} is unknown" for name in weights if name not in expected]
-        wrong += [
-            f"{name} is {tuple(weights[name].shape)}, not {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in weights and weights[name].shape != shape
-        ]
+        wrong += [f"{name} is {tuple(weights[name].shape)}, not {tuple(shape)}"
+                  for name, shape in expected.items() if name in weights and weights[name].shape != shape]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: {'; '.join(wrong[:3])}{more}")
         # copies: tensors that share memory in the file, as a tied head may, become parameters of their own
         weights = {name: weights.pop(name).to(torch.float32, copy=True).contiguous() for name in expected}
         model.load_state_dict(weights, assign=True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not re.fullmatch(r"blocks\.0\.att\.v[012]", name))
         return model
 
     def save(self, path: str | Path) -> None:
-        """Write an official-format .pth of fp32 CPU tensors, whole or not at all. `load` gives back the same bits."""
+        """Write an official-format .pth of fp32 CPU tensors, whole or not at all: `load` gives its bits."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_tensors(weights, path)
 
@@ -359,14 +357,15 @@ class RWKV7(nn.Module):
             depth = layer / max(L - 1, 1)        # 0 in the first block, 1 in the last
             shallow = 1 - layer / L              # 1 in the first block, almost 0 in the last
             att, ffn = block.att, block.ffn
-            mixes = (att.x_r, 0.2), (att.x_w, 0.9), (att.x_k, 0.7), (att.x_v, 0.7), (att.x_a, 0.9), (att.x_g, 0.2)
-            for mix, power in mixes:
+            mixes = (att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g)
+            for mix, power in zip(mixes, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
                 mix.copy_((1 - channel ** (power * shallow)).view(1, 1, C))
             ffn.x_k.copy_((1 - channel ** (shallow ** 4)).view(1, 1, C))
             att.w0.copy_((-6 + 6 * (linear + 0.5) ** (1 + depth ** 0.3) + 0.5 + 2.5 * zigzag).view(1, 1, C))
             att.a0.copy_((-0.19 + 0.3 * zigzag + 0.4 * linear).view(1, 1, C))
             att.v0.copy_((0.73 - 0.4 * linear).view(1, 1, C))
-            for second in (att.w2, att.a2, att.v2, att.g2):    # the first matrices stay zero: adapters start silent
+            # the adapters' first matrices stay zero, so that they start silent
+            for second in (att.w2, att.a2, att.v2, att.g2):
                 orthogonal(second, 0.1 * max(1.0, math.sqrt(second.shape[0] / second.shape[1])))
             att.k_k.copy_((0.71 - 0.1 * linear).view(1, 1, C))
             att.k_a.fill_(1.02)

@@ -1,7 +1,7 @@
 """What a round is: one recipe, run with and without Future-Seed, as written in rounds.toml.
 
-A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. Reference: the
-experiment log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
+A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. Reference:
+the experiment log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
 """
 
 import dataclasses
@@ -19,13 +19,16 @@ CHOICES = {
 }
 AT_LEAST = {
     "max_prompt": 1, "min_prompt": 0, "max_answer": 1, "n_train": 1, "n_val": 1, "batch_size": 1,
-    "micro_batch_size": 0, "steps": 0, "eval_every": 1, "lr": 0, "weight_decay": 0, "fs_alpha_lr": 0, "fs_gate_lr": 0, "fs_layer_start": 0, "fs_clip": 0,
+    "micro_batch_size": 0, "steps": 0, "eval_every": 1, "lr": 0, "weight_decay": 0,
+    "fs_alpha_lr": 0, "fs_gate_lr": 0, "fs_layer_start": 0, "fs_clip": 0,
 }
 
 
 @dataclass(frozen=True)
 class Log:
-    """What the experiment log reported for a round; d_acc are the seeds' differences, prompt_fs minus no_fs."""
+    """What the experiment log reported for a round; d_acc are the seeds' differences,
+    prompt_fs minus no_fs.
+    """
 
     script: str
     summary: str
@@ -54,8 +57,10 @@ class Round:
     data_seed: int
     validation_seed: int
     batch_size: int
-    micro_batch_size: int      # rows at once in one process, the gradient summed over pieces; 0 for the whole batch
-    checkpoint_activations: bool    # recompute blocks in the backward: a fraction of the memory, a third more time
+    # rows at once in one process, the gradient summed over pieces; 0 for the whole batch
+    micro_batch_size: int
+    # recompute blocks in the backward: a fraction of the memory, a third more time
+    checkpoint_activations: bool
     steps: int
     eval_every: int            # steps between evaluations, each on the whole validation set
     lr: float
@@ -83,22 +88,27 @@ class Round:
 
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
-        names = ("alpha", "layer_start", "norm", "detach", "clip", "scale", "schedule", "schedule_min", "schedule_max",
-                 "gate")
+        names = ("alpha", "layer_start", "norm", "detach", "clip", "scale", "schedule", "schedule_min",
+                 "schedule_max", "gate")
         return {name: getattr(self, f"fs_{name}") for name in names} | {"train_alpha": self.fs_alpha_lr > 0}
 
 
-SETTINGS = {field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")}
+SETTINGS = {
+    field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")
+}
 
 
 def checked(key: str, value, kind: type, where: str):
-    """`value` as the type of the setting `key`; ValueError with one line that says what is wrong and where."""
+    """`value` as the type of the setting `key`;
+    ValueError with one line that says what is wrong and where.
+    """
     if kind in (tuple[int, ...], tuple[float, ...]):
         item = kind.__args__[0]
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{where}: {key} must be a list of numbers, not {value!r}")
         return tuple(checked(key, number, item, where) for number in value)
-    if kind is float and type(value) is int and abs(value) < 2**53:    # the integers that a float holds exactly
+    # the integers that a float holds exactly
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
@@ -127,7 +137,8 @@ def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) ->
         raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not a round")
     own = {key: value for key, value in tables[name].items() if key not in ("inherits", "log")}
     parent = tables[name].get("inherits")
-    inherited = tables.get("defaults", {}) if parent is None else resolve(parent, tables, where, (*below, name))
+    inherited = (tables.get("defaults", {}) if parent is None
+                 else resolve(parent, tables, where, (*below, name)))
     return {**inherited, **own}
 
 
@@ -140,7 +151,9 @@ def read_rounds(path: str | Path) -> dict:
 
 
 def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
-    """Every round of a rounds file by name. Raises ValueError, one line, for an unknown key or a wrong type."""
+    """Every round of a rounds file by name.
+    Raises ValueError, one line, for an unknown key or a wrong type.
+    """
     tables = read_rounds(path)
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -181,7 +194,9 @@ def read_log(table: dict, where: str) -> Log | None:
 
 
 def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
-    """Round names with those that stand for several (R9) replaced by their parts; ValueError for an unknown one."""
+    """Round names with those that stand for several (R9) replaced by their parts;
+    ValueError for an unknown one.
+    """
     tables = read_rounds(path)
     rounds = [name for name in tables if name != "defaults"]
     expanded = []
@@ -193,7 +208,9 @@ def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
 
 
 def with_settings(round: Round, pairs: list[str]) -> Round:
-    """The round with `key=value` pairs from the command line applied. Values are TOML, or plain words for strings."""
+    """The round with `key=value` pairs from the command line applied.
+    Values are TOML, or plain words for strings.
+    """
     changes = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -2,9 +2,9 @@
 
     python train.py --round R8 --seed 1
 
-Both arms start from the same weights and take the same batches in the same order for the same number of steps; arm.py
-is one arm, this file is the command line around it. Running the same command again goes on where it stopped, and does
-nothing more once both arms are done.
+Both arms start from the same weights and take the same batches in the same order for the same number of
+steps; arm.py is one arm, this file is the command line around it. Running the same command again goes on
+where it stopped, and does nothing more once both arms are done.
 
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
@@ -32,17 +32,19 @@ from tokenizer import Tokenizer
 ARMS = ("no_fs", "prompt_fs")
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 EXAMPLES = """examples:
-  python train.py --list                              the rounds, their recipes, the log's numbers, what is on disk
-  python train.py --round R8 --seed 1                 both arms of one seed, as in the log
-  python train.py --round R9 --seeds 0-4              both parts of R9, five seeds each
+  python train.py --list                  the rounds, their recipes, the log's numbers, what is on disk
+  python train.py --round R8 --seed 1     both arms of one seed, as in the log
+  python train.py --round R9 --seeds 0-4  both parts of R9, five seeds each
   python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
-  python train.py --round R8 --base init:L12-D64 --set steps=2 n_train=8 n_val=4      a smoke test, no weights needed
-  torchrun --nproc_per_node=4 train.py --round R2     four processes share each batch; where a batch has fewer rows
-                                                      than there are processes (R6 to R10), they take a seed each
+  python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
+                                          a smoke test, no weights needed
+  torchrun --nproc_per_node=4 train.py --round R2
+                                          four processes share each batch; where a batch has fewer rows
+                                          than there are processes (R6 to R10), they take a seed each
 """
 
 
-# ---- the base ------------------------------------------------------------------------------------------------------
+# ---- the base ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Base:
@@ -63,7 +65,8 @@ def find_base(choice: str | None, round: Round, assets: Path, offline: bool) -> 
         layers, width = (int(size) if size else None for size in sizes.groups()) if sizes else (0, 0)
         head_size = next((size for size in (64, 32, 16) if (width or 768) % size == 0), None)
         if layers == 0 or width == 0 or head_size is None:
-            raise ValueError(f"--base {choice}: write init, or init:L12-D64 for 12 layers of 64 channels (a multiple of 16)")
+            raise ValueError(f"--base {choice}: write init, or init:L12-D64 for 12 layers of 64 channels "
+                             "(a multiple of 16)")
         config = Config.published(layers or 12, width or 768, head_size)
         return Base(None, config, {"name": f"init:L{config.n_layer}-D{config.n_embd}", "sha256": None})
     if choice is not None:
@@ -83,19 +86,21 @@ def check_vocabulary(base: Base, examples) -> None:
     vocab_size = base.config.vocab_size
     largest = max(max(example.prompt + example.answer) for example in examples)
     if largest >= vocab_size:
-        raise ValueError(f"{base.identity['name']} has a vocabulary of {vocab_size} tokens, but the examples hold token "
-                         f"{largest}: it needs a base trained with the RWKV World vocabulary of 65536")
+        raise ValueError(f"{base.identity['name']} has a vocabulary of {vocab_size} tokens, but the examples "
+                         f"hold token {largest}: it needs a base trained with the RWKV World vocabulary "
+                         "of 65536")
 
 
 def run_folder(runs: Path, name: str, seed: int) -> Path:
     return Path(runs) / name / f"seed{seed}"
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Post-train RWKV-7 on a round of the log, without and with Future-Seed, and report the difference.",
+        description="Post-train RWKV-7 on a round of the log, without and with Future-Seed, "
+                    "and report the difference.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--round", nargs="+", default=[], metavar="R", help="R2 to R10; R9 is R9a and R9b")
@@ -104,16 +109,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", metavar="0-9", help="several seeds, as 0-9 or 0,3,5")
     parser.add_argument("--arm", choices=(*ARMS, "both"), default="both")
     parser.add_argument("--base", metavar="PATH|init|init:L12-D64",
-                        help="an official .pth, or fresh weights; default: the round's own, from the assets folder")
+                        help="an official .pth, or fresh weights; "
+                             "default: the round's own, from the assets folder")
     parser.add_argument("--assets", type=Path, default=Path("assets"), metavar="DIR",
                         help="where data and base are, or are downloaded to (default: assets)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
-                        help="change settings of the round, see --list")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
+                        help="where runs go (default: runs)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
+                        dest="settings", help="change settings of the round, see --list")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, metavar="M",
-                        help="the log's kind of budget: minutes of training an arm in place of the round's steps")
-    parser.add_argument("--fresh", action="store_true", help="start over, deleting what the run's folder holds")
+                        help="the log's kind of budget: "
+                             "minutes of training an arm in place of the round's steps")
+    parser.add_argument("--fresh", action="store_true",
+                        help="start over, deleting what the run's folder holds")
     parser.add_argument("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
@@ -121,7 +131,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device that torch can use; leave it out to use the CPU")
+        parser.error("--device cuda: this machine has no CUDA device that torch can use; "
+                     "leave it out to use the CPU")
     return args
 
 
@@ -147,12 +158,15 @@ def list_rounds(runs: Path) -> None:
     for name, round in load_rounds().items():
         print(f"{name}: {round.title}")
         print(f"    prompts up to {round.max_prompt} tokens, {round.n_train} / {round.n_val} examples, batch "
-              f"{round.batch_size}, {round.steps} steps, lr {round.lr:g}; alpha {round.fs_alpha:g} from layer "
+              f"{round.batch_size}, {round.steps} steps, lr {round.lr:g}; "
+              f"alpha {round.fs_alpha:g} from layer "
               f"{round.fs_layer_start}, schedule {round.fs_schedule}")
         if round.log:
             deltas = " ".join(f"{delta:+.4f}" for delta in round.log.d_acc)
-            print(f"    the log: d_acc {deltas}, mean {round.log.mean:+.4f} ± {round.log.std:.4f}; {round.log.status}")
-        found = sorted(path.parent.parent.name + "/" + path.parent.name for path in runs.glob(f"{name}/seed*/*/run.json"))
+            print(f"    the log: d_acc {deltas}, mean {round.log.mean:+.4f} ± {round.log.std:.4f}; "
+                  f"{round.log.status}")
+        found = sorted(path.parent.parent.name + "/" + path.parent.name
+                       for path in runs.glob(f"{name}/seed*/*/run.json"))
         print(f"    on disk: {', '.join(found) or 'nothing'}")
     print("\nsettings, for --set:", ", ".join(load_rounds()["R2"].settings()))
 
@@ -197,18 +211,23 @@ def run(args: argparse.Namespace) -> None:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if min(round.batch_size for round in rounds) >= processes:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")    # to share batches
+            # to share batches
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         else:
-            share = slice(int(os.environ["RANK"]), None, processes)    # too small to share: each has its own seeds
+            # too small to share: each has its own seeds
+            share = slice(int(os.environ["RANK"]), None, processes)
     for round, round_seeds in zip(rounds, seeds):
         for seed in round_seeds[share]:
             run_seed(round, seed, args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for an error told in one line, 130 or 143 when it was stopped."""
+    """The command.
+    Returns the exit code: 0, 2 for an error told in one line, 130 or 143 when it was stopped.
+    """
     args = parse_arguments(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ from run to run
+    # without it cuBLAS may differ from run to run
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         run(args)

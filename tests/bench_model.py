@@ -2,10 +2,10 @@
 
     python tests/bench_model.py [--device cuda] [--threads 1] [--tokens 512 4096] [--layers 12]
 
-Weights are random (speed does not depend on them), prompts are random tokens, an answer has 4 tokens. On the CPU a
-time is CPU seconds of this process, the best of three, so that a busy machine does not count; on a GPU it is seconds
-between synchronisations, the median of ten. Each length runs in a process of its own, so that its peak memory is its
-own. Peers, if they can be imported: `rwkv` (PyPI), the official package, at inference.
+Weights are random (speed does not depend on them), prompts are random tokens, an answer has 4 tokens. On the
+CPU a time is CPU seconds of this process, the best of three, so that a busy machine does not count; on a GPU
+it is seconds between synchronisations, the median of ten. Each length runs in a process of its own, so that
+its peak memory is its own. Peers, if they can be imported: `rwkv` (PyPI), the official package, at inference.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def ours(tokens: int, layers: int, device: str) -> None:
 
     seconds = measure(step, device)
     parts = ", ".join(f"{name} {part:.3f}" for name, part in spent.items())
-    print(f"train  (1, {tokens}): {seconds:.3f} s a step, {tokens / seconds:,.0f} tokens/s, peak {peak(device):.2f} GB "
-          f"(last step: {parts})")
+    print(f"train  (1, {tokens}): {seconds:.3f} s a step, {tokens / seconds:,.0f} tokens/s, "
+          f"peak {peak(device):.2f} GB (last step: {parts})")
 
     @torch.no_grad()
     def prefill():
@@ -139,7 +139,8 @@ def official(model: RWKV7, prompt: list[int], tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])

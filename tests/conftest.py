@@ -1,7 +1,8 @@
 """What every test shares: the repository root on the import path, one thread, and the optional real files.
 
-Two OpenMP threads on a loaded machine can be ten times slower than one, so tests pin one. The folder ../shared
-(real records and small real checkpoints) is not part of the product: tests that use it skip where it is absent.
+Two OpenMP threads on a loaded machine can be ten times slower than one, so tests pin one. The folder
+../shared (real records and small real checkpoints) is not part of the product: tests that use it skip where
+it is absent.
 """
 
 import sys
@@ -25,7 +26,8 @@ def shared() -> Path:
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative L2 error against a reference, in fp64; NaN where the value holds one, so use `not (err <= tol)`."""
+    """Relative L2 error against a reference, in fp64; NaN where the value holds one, so use
+    `not (err <= tol)`."""
     reference = reference.double()
     scale = reference.norm().clamp_min(1e-30)
     return ((value.double() - reference).norm() / scale).item()

@@ -1,6 +1,8 @@
-"""The command line and the training loop: what a user types, what is left on the disk, and what survives a kill.
+"""The command line and the training loop: what a user types, what is left on the disk,
+and what survives a kill.
 
-Runs use a base of 3 layers and 16 channels and a dozen hand-made ARC questions, so each takes a second or two.
+Runs use a base of 3 layers and 16 channels and a dozen hand-made ARC questions,
+so each takes a second or two.
 """
 
 import contextlib
@@ -36,8 +38,10 @@ def assets(tmp_path_factory):
             for i in range(count):
                 options = [words[(i + j) % 8] + " " * (j == 3) + str(i * j) for j in range(4)]
                 choices = [{"text": text, "label": label} for text, label in zip(options, "ABCD")]
-                question = {"stem": f"Which of these is number {i} " + "and so on " * (i % 5), "choices": choices}
-                file.write(json.dumps({"id": f"{split}{i}", "question": question, "answerKey": "ABCD"[i % 4]}) + "\n")
+                question = {"stem": f"Which of these is number {i} " + "and so on " * (i % 5),
+                            "choices": choices}
+                file.write(json.dumps({"id": f"{split}{i}", "question": question,
+                                       "answerKey": "ABCD"[i % 4]}) + "\n")
     return folder
 
 
@@ -61,8 +65,9 @@ def arguments(assets, base, runs, *more, settings=()):
 
 
 def in_child(argv, kill_after=None, number=signal.SIGKILL, output=os.devnull, largest_file=None):
-    """train.main in a forked process: perhaps sent a signal after some seconds, perhaps on a disk that is full once a
-    file holds largest_file bytes. Returns its exit code, negative for the signal that ended it."""
+    """train.main in a forked process: perhaps sent a signal after some seconds, perhaps on a disk that is
+    full once a file holds largest_file bytes. Returns its exit code, negative for
+    the signal that ended it."""
     child = os.fork()
     if child == 0:
         out = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -84,7 +89,8 @@ def outcome(runs):
     for name in train.ARMS:
         folder = runs / "R2" / "seed5" / name
         weights = torch.load(folder / "model.pth", weights_only=True)
-        files[name] = (weights, (folder / "metrics.jsonl").read_text(), (folder / "records.jsonl").read_text())
+        files[name] = (weights, (folder / "metrics.jsonl").read_text(),
+                       (folder / "records.jsonl").read_text())
     return files
 
 
@@ -119,7 +125,8 @@ def test_a_run_leaves_what_it_promises(finished):
     for name in train.ARMS:
         folder = finished / "R2" / "seed5" / name
         run = json.loads((folder / "run.json").read_text())
-        assert run["status"] == "done" and run["steps"] == 6 and run["arm"] == name and run["standin"] is False
+        assert (run["status"] == "done" and run["steps"] == 6 and run["arm"] == name
+                and run["standin"] is False)
         assert len(run["base"]["sha256"]) == 64
         assert not (folder / "checkpoint.pt").exists()
         assert (folder / "fs.pth").exists() == (name == "prompt_fs")
@@ -141,7 +148,8 @@ def test_same_command_same_bits(finished, assets, base, tmp_path):
 
 
 def test_arms_differ_in_nothing_but_future_seed(assets, base, tmp_path):
-    """With the seed scaled to nothing the arms must agree to the last bit: same weights, batches, order and steps."""
+    """With the seed scaled to nothing the arms must agree to the last bit: same weights,
+    batches, order and steps."""
     assert in_child(arguments(assets, base, tmp_path, settings=["fs_scale=0.0"])) == 0
     arms = outcome(tmp_path)
     assert_same({name: arms["no_fs"] for name in train.ARMS}, arms)
@@ -153,9 +161,12 @@ def test_future_seed_changes_something(finished):
     assert arms["no_fs"][2] != arms["prompt_fs"][2]
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base, moment, tmp_path, monkeypatch):
-    """SIGKILL at 20 random moments, saving included. Catches state that a checkpoint forgets, and half-written files."""
-    monkeypatch.setattr(arm, "SECONDS_BETWEEN_CHECKPOINTS", 0)    # save after every step, so that kills hit saving
+def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base, moment, tmp_path,
+                                                         monkeypatch):
+    """SIGKILL at 20 random moments, saving included. Catches state that a checkpoint forgets, and
+    half-written files."""
+    # save after every step, so that kills hit saving
+    monkeypatch.setattr(arm, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     runs = tmp_path / "0"
     kills = 0
     while kills < 20:
@@ -170,9 +181,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base,
 
 
 def test_killed_between_two_files_it_ends_with_the_same_bits(finished, assets, base, tmp_path, monkeypatch):
-    """Every life of the run dies right after it wrote some file: a checkpoint (each of an arm's three), or one of the
-    others for the first time. Random moments seldom fall into these gaps, as between the last checkpoint and the
-    metrics that belong to it."""
+    """Every life of the run dies right after it wrote some file: a checkpoint (each of an arm's three), or
+    one of the others for the first time. Random moments seldom fall into these gaps, as between the last
+    checkpoint and the metrics that belong to it."""
     deaths = tmp_path / "deaths"
     deaths.touch()
     write = files.atomic_write
@@ -181,7 +192,8 @@ def test_killed_between_two_files_it_ends_with_the_same_bits(finished, assets, b
     def deadly(path, *mode):
         with write(path, *mode) as file:
             yield file
-        if str(tmp_path) in str(path) and deaths.read_text().count(f"{path}\n") < (3 if "checkpoint" in str(path) else 1):
+        if (str(tmp_path) in str(path)
+                and deaths.read_text().count(f"{path}\n") < (3 if "checkpoint" in str(path) else 1)):
             with open(deaths, "a") as file:
                 file.write(f"{path}\n")
             os._exit(9)
@@ -218,7 +230,8 @@ def one_line_error(capsys, argv):
     """The error that a command ends with, after the notes and progress of what went well before."""
     assert train.main(argv) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert [line.startswith("error: ") for line in lines].count(True) == 1 and lines[-1].startswith("error: "), lines
+    assert ([line.startswith("error: ") for line in lines].count(True) == 1
+            and lines[-1].startswith("error: ")), lines
     return lines[-1]
 
 
@@ -248,8 +261,10 @@ def test_unknown_round_and_missing_files_get_one_line(assets, tmp_path, capsys):
     common = ["--assets", str(assets), "--runs", str(tmp_path), "--offline", "--device", "cpu"]
     assert "R2, R3" in one_line_error(capsys, ["--round", "R99", *common])
     assert "weights" in one_line_error(capsys, ["--round", "R2", *common, "--set", *SMALL])
-    assert "nowhere.pth" in one_line_error(capsys, ["--round", "R2", "--base", "nowhere.pth", *common, "--set", *SMALL])
-    assert "init:L12-D64" in one_line_error(capsys, ["--round", "R2", "--base", "init:12", *common, "--set", *SMALL])
+    assert "nowhere.pth" in one_line_error(capsys, ["--round", "R2", "--base", "nowhere.pth", *common,
+                                                    "--set", *SMALL])
+    assert "init:L12-D64" in one_line_error(capsys, ["--round", "R2", "--base", "init:12", *common,
+                                                     "--set", *SMALL])
     assert "hotpot" in one_line_error(capsys, ["--round", "R8", "--base", "init:L2-D16", *common])
 
 
@@ -271,10 +286,12 @@ def test_a_damaged_checkpoint_is_named(assets, base, tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(finished, assets, base, tmp_path, monkeypatch):
-    """The checkpoint of 6 MB does not fit twice: once the disk has room again, the run ends with the same bits."""
+    """The checkpoint of 6 MB does not fit twice: once the disk has room again, the run ends
+    with the same bits."""
     argv = arguments(assets, base, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(arm.ArmRun, "finished", lambda self: self.progress.step >= 3)    # as if stopped after step 3
+        # as if stopped after step 3
+        patch.setattr(arm.ArmRun, "finished", lambda self: self.progress.step >= 3)
         patch.setattr(arm.ArmRun, "write_run", lambda self, status: None)
         patch.setattr(RWKV7, "save", lambda self, path: os._exit(7))
         assert in_child(argv) == 7
@@ -312,7 +329,8 @@ def test_a_loss_that_is_not_a_number_stops_the_arm(assets, base, tmp_path, capsy
 def test_pieces_of_a_batch_give_the_same_step(assets, base, tmp_path):
     """Gradient accumulation: pieces of 1 row against whole batches of 4, to fp32 summation order."""
     assert in_child(arguments(assets, base, tmp_path / "whole", settings=["steps=2", "lr=1e-3"])) == 0
-    assert in_child(arguments(assets, base, tmp_path / "pieces", settings=["steps=2", "lr=1e-3", "micro_batch_size=1"])) == 0
+    assert in_child(arguments(assets, base, tmp_path / "pieces",
+                              settings=["steps=2", "lr=1e-3", "micro_batch_size=1"])) == 0
     assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "pieces"), rel=1e-4)
 
 
@@ -330,8 +348,9 @@ def test_list_and_help(tmp_path, finished, capsys):
 
 def torchrun(processes, argv):
     """train.py under torchrun on the loopback address."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1",
-               f"--master_port={20000 + os.getpid() % 20000}", str(ROOT / "train.py"), *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+               "--master_addr=127.0.0.1", f"--master_port={20000 + os.getpid() % 20000}",
+               str(ROOT / "train.py"), *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -342,8 +361,8 @@ def losses_of(runs):
 
 
 def test_two_processes_train_as_one(assets, base, tmp_path):
-    """Catches a gradient averaged twice, a share counted wrong (the batches of 3 do not divide by 2, and the last one
-    has a single row), and an evaluation that loses or doubles an example when it is put together."""
+    """Catches a gradient averaged twice, a share counted wrong (the batches of 3 do not divide by 2, and the
+    last one has a single row), and an evaluation that loses or doubles an example when it is put together."""
     settings = ["lr=1e-3", "batch_size=3", "n_train=10", "steps=4", "n_val=5"]
     assert in_child(arguments(assets, base, tmp_path / "one", settings=settings)) == 0
     result = torchrun(2, arguments(assets, base, tmp_path / "two", settings=settings))
