@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from arm import ArmRun, Stopped, is_main, say
+from arm import ArmRun, Stopped, is_main, say, world_size
 from data import load_examples
 from download import download
 from eval import report, write_summary
@@ -123,7 +123,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="the log's kind of budget: "
                              "minutes of training an arm in place of the round's steps")
     parser.add_argument("--fresh", action="store_true",
-                        help="start over, deleting what the run's folder holds")
+                        help="start over, deleting what the arms' folders hold")
     parser.add_argument("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
@@ -179,12 +179,15 @@ def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
     validation = load_examples(round.task, "validation", n=round.n_val, seed=round.validation_seed, **rules)
     base = find_base(args.base, round, args.assets, args.offline)
     check_vocabulary(base, train + validation)
-    if args.fresh and is_main():
-        shutil.rmtree(run_folder(args.runs, round.name, seed), ignore_errors=True)
     tokenizer = Tokenizer()
     folder = run_folder(args.runs, round.name, seed)
     arms = [ArmRun(round, seed, arm, base, train, validation, tokenizer, folder / arm, args)
             for arm in (ARMS if args.arm == "both" else [args.arm])]
+    if args.fresh:
+        for arm in arms if is_main() else []:
+            shutil.rmtree(arm.folder, ignore_errors=True)
+        if world_size() > 1:
+            dist.barrier()    # no process may look at a folder that is about to go
     states = [arm.state() for arm in arms]    # of all before the first runs: a refusal comes at once
     for arm, state in zip(arms, states):
         if state == "done":

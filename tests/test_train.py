@@ -226,6 +226,20 @@ def test_done_is_done(finished, assets, base, capsys):
     assert_same(before, outcome(finished))
 
 
+def test_fresh_starts_over_and_spares_the_other_arm(assets, base, tmp_path):
+    """Catches --fresh that keeps an old checkpoint, or that deletes an arm it was not asked to run."""
+    argv = arguments(assets, base, tmp_path)
+    assert in_child(argv) == 0
+    before = outcome(tmp_path)
+    folder = tmp_path / "R2" / "seed5"
+    marks = [folder / name / "mark" for name in train.ARMS]
+    for mark in marks:
+        mark.touch()
+    assert in_child([*argv, "--fresh", "--arm", "no_fs"]) == 0
+    assert [mark.exists() for mark in marks] == [False, True]
+    assert_same(before, outcome(tmp_path))
+
+
 def one_line_error(capsys, argv):
     """The error that a command ends with, after the notes and progress of what went well before."""
     assert train.main(argv) == 2
