@@ -142,9 +142,7 @@ class Arm(nn.Module):
 
 
 def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only,
-    and learning rates of their own for Future-Seed's parameters.
-    """
+    """AdamW: weight decay on the matrices only, and Future-Seed's parameters at rates of their own."""
     matrices, others = [], []
     for name, parameter in arm.model.named_parameters():
         if parameter.requires_grad:
@@ -207,9 +205,7 @@ class ArmRun:
         self.last_line = 0.0
 
     def state(self) -> str:
-        """ "absent", "running" or "done", from run.json.
-        Raises ValueError where another run is in the folder.
-        """
+        """From run.json: absent, running or done. Raises ValueError where another run is in the folder."""
         path = self.folder / "run.json"
         if not path.exists():
             return "absent"
@@ -308,9 +304,7 @@ class ArmRun:
             self.print_progress()
 
     def read_losses(self) -> None:
-        """Bring the losses since the last call from the device, which waits for it,
-        and stop if one is not finite.
-        """
+        """Bring the losses since the last call from the device, and stop if one is not finite."""
         for step, losses, ids in self.pending:
             losses = gathered(losses.tolist())
             mean = sum(losses) / len(losses)

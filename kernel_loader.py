@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from files import atomic_write
+
 try:
     from cuda.bindings import nvrtc
 except ImportError:
@@ -112,11 +114,8 @@ def cubin(architecture: str, N: int, bf16: bool) -> bytes:
         return path.read_bytes()
     compiled = run(source, options)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = Path(folder, path.name)
-            unfinished.write_bytes(compiled)
-            os.replace(unfinished, path)  # whole or not at all, whoever else is compiling
+        with atomic_write(path) as file:
+            file.write(compiled)
     except OSError:
         pass  # nowhere to keep it: the next start compiles again
     return compiled

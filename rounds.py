@@ -59,7 +59,7 @@ class Round:
     batch_size: int
     # rows at once in one process, the gradient summed over pieces; 0 for the whole batch
     micro_batch_size: int
-    # recompute blocks in the backward: a fraction of the memory, a third more time
+    # recompute blocks in the backward: a fraction of the memory for more time
     checkpoint_activations: bool
     steps: int
     eval_every: int            # steps between evaluations, each on the whole validation set

@@ -91,10 +91,6 @@ def check_vocabulary(base: Base, examples) -> None:
                          "of 65536")
 
 
-def run_folder(runs: Path, name: str, seed: int) -> Path:
-    return Path(runs) / name / f"seed{seed}"
-
-
 # ---- the command line --------------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -180,7 +176,7 @@ def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
     base = find_base(args.base, round, args.assets, args.offline)
     check_vocabulary(base, train + validation)
     tokenizer = Tokenizer()
-    folder = run_folder(args.runs, round.name, seed)
+    folder = args.runs / round.name / f"seed{seed}"
     arms = [ArmRun(round, seed, arm, base, train, validation, tokenizer, folder / arm, args)
             for arm in (ARMS if args.arm == "both" else [args.arm])]
     if args.fresh:
@@ -225,9 +221,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command.
-    Returns the exit code: 0, 2 for an error told in one line, 130 or 143 when it was stopped.
-    """
+    """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
     # without it cuBLAS may differ from run to run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
