@@ -5,6 +5,7 @@ An arm lives in runs/R8/seed1/no_fs or .../prompt_fs:
     run.json         settings, data and base by fingerprint, versions, device, status
     metrics.jsonl    a line a step (train_loss) and a line an evaluation
     records.jsonl    a line an example and evaluation: all that eval.py needs
+    seed_off.jsonl   prompt_fs, at the end: the same, scored once more with the seed switched off
     checkpoint.pt    while it runs: all that is needed to go on, on the CPU bit for bit
     model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
                      parameters
@@ -18,6 +19,7 @@ Shapes: B batch rows, T prompt tokens, A answer tokens, C channels, V vocabulary
 
 import json
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -53,6 +55,11 @@ class Stopped(Exception):
 
 
 stop_requested: list[int] = []    # numbers of the signals received
+
+
+def catch_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
 
 
 def request_stop(number, frame) -> None:
@@ -157,7 +164,15 @@ def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
             if parameter.requires_grad:
                 lr = round.fs_alpha_lr if name.startswith("alpha") else round.fs_gate_lr
                 groups.append({"params": [parameter], "lr": lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, fused=True)
+    for group in groups:
+        group["full_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(0.9, round.beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, round: Round, step: int) -> None:
+    """For the step after `step` steps: a linear rise over warm_up steps, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * min(1.0, (step + 1) / max(1, round.warm_up))
 
 
 @dataclass
@@ -174,21 +189,20 @@ class Progress:
 class ArmRun:
     """One arm of one seed of a round, from its folder to its folder."""
 
-    def __init__(self, round: Round, seed: int, arm_name: str, base, train, validation, tokenizer,
-                 folder: Path, args):
-        self.round = round
+    def __init__(self, material, seed: int, arm_name: str, folder: Path, args):
+        self.round = round = material.round
         self.seed = seed
         self.name = f"{round.name} seed {seed} {arm_name}"
-        self.train_examples = train
-        self.validation_examples = validation
-        self.tokenizer = tokenizer
+        self.train_examples = material.train
+        self.validation_examples = material.validation
+        self.tokenizer = material.tokenizer
         self.device = torch.device(args.device)
         self.minutes = args.minutes
         self.folder = folder
         self.identity = {
-            "round": round.name, "seed": seed, "arm": arm_name, "standin": False,
-            "settings": round.settings(), "minutes": args.minutes, "base": base.identity,
-            "data": {"train": fingerprint(train), "validation": fingerprint(validation)},
+            "round": round.name, "seed": seed, "arm": arm_name, "standin": round.facts > 0,
+            "settings": round.settings(), "minutes": args.minutes, "base": material.base.identity,
+            "data": {"train": fingerprint(material.train), "validation": fingerprint(material.validation)},
         }
         self.surroundings = {
             "device": device_name(self.device), "threads": torch.get_num_threads(),
@@ -197,7 +211,7 @@ class ArmRun:
                 "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             },
         }
-        self.base = base
+        self.base = material.base
         self.progress = Progress()
         # step, losses not yet read from the device, ids
         self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
@@ -223,6 +237,40 @@ class ArmRun:
             say(f"{self.name}: resuming elsewhere ({'; '.join(changed)}); the last bits may differ")
         return status
 
+    def recipe(self, identity: dict) -> dict:
+        """All of an arm's identity but the round's name and, without it, its Future-Seed."""
+        settings = {key: value for key, value in identity["settings"].items()
+                    if key != "name" and (self.identity["arm"] == "prompt_fs" or not key.startswith("fs_"))}
+        return {**identity, "round": None, "settings": settings}
+
+    def copy_twin(self, runs: Path) -> bool:
+        """Take over a finished arm of another round that is the same run, bit for bit, instead of training.
+
+        no_fs does not depend on a round's Future-Seed: R6, R8, R9b and R10 share theirs. Budgets in minutes
+        depend on the clock, so such arms have no twins. Returns whether there was one.
+        """
+        if self.minutes is not None or (self.folder / "run.json").exists():
+            return False
+        wanted = self.recipe(json.loads(json.dumps(self.identity)))
+        for path in sorted(runs.glob(f"*/seed{self.seed}/{self.folder.name}/run.json")):
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                same = self.recipe({key: found[key] for key in self.identity}) == wanted
+                if found["status"] != "done" or not same:
+                    continue
+            except (ValueError, KeyError, TypeError, OSError):
+                continue    # its own round will complain
+            if is_main():
+                for name in ("metrics.jsonl", "records.jsonl", "seed_off.jsonl", "model.pth", "fs.pth"):
+                    if path.with_name(name).exists():
+                        with open(path.with_name(name), "rb") as file, atomic_write(self.folder / name) as copy:
+                            shutil.copyfileobj(file, copy)
+                with atomic_write(self.folder / "run.json", "w") as file:
+                    json.dump(found | self.identity | {"copied_from": found["round"]}, file, indent=1)
+            say(f"{self.name}: the same run as {found['round']}'s, copied from there")
+            return True
+        return False
+
     def run(self) -> None:
         """Train to the end of the budget, evaluating on the way, and leave the folder complete."""
         torch.manual_seed(self.seed)
@@ -235,10 +283,10 @@ class ArmRun:
         self.optimizer = make_optimizer(self.arm, self.round)
         self.resume()
         self.write_run("running")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, request_stop)
+        catch_signals()
         trainer = nn.parallel.DistributedDataParallel(self.arm) if world_size() > 1 else self.arm
-        stream = batches(self.train_examples, self.round.batch_size, self.seed, start=self.progress.step)
+        stream = batches(self.train_examples, self.round.batch_size, self.seed, start=self.progress.step,
+                         shuffle=not self.round.facts)
         while True:
             finished = self.finished()
             if (finished or self.progress.step % self.round.eval_every == 0) and not self.evaluated():
@@ -254,8 +302,10 @@ class ArmRun:
             self.train_step(trainer, next(stream))
             if agreed(time.monotonic() - self.last_save) > SECONDS_BETWEEN_CHECKPOINTS:
                 self.save()
+        seed_off = self.scored(fs=None) if fs is not None else []
         if is_main():
             self.write_lines()    # once more: a run may have died between its last checkpoint and these files
+            write_json_lines(self.folder / "seed_off.jsonl", seed_off)
             model.save(self.folder / "model.pth")
             if fs is not None:
                 save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()},
@@ -292,6 +342,9 @@ class ArmRun:
                 loss = trainer(*tensors)
             (loss.sum() * weight).backward()
             losses.append(loss.detach())
+        if self.round.grad_clip:
+            nn.utils.clip_grad_norm_(self.arm.parameters(), self.round.grad_clip)
+        set_learning_rate(self.optimizer, self.round, self.progress.step)
         self.optimizer.step()
         self.progress.step += 1
         self.progress.tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
@@ -327,20 +380,22 @@ class ArmRun:
             f"{self.progress.tokens / seconds:,.0f} tokens/s, {duration(left)} left")
         self.last_line = time.monotonic()
 
+    def scored(self, fs: FutureSeed | None) -> list[dict]:
+        """Records of the whole validation set, in its order, on every process."""
+        records = score(
+            self.arm.model, self.validation_examples[rank()::world_size()], fs, device=self.device,
+            batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.round.max_prompt),
+            task=self.round.task, step=self.progress.step, tokenizer=self.tokenizer,
+            autocast=torch.bfloat16 if self.device.type == "cuda" else None,
+        )
+        by_id = {record["id"]: record for record in gathered(records)}
+        return [by_id[example.id] for example in self.validation_examples]
+
     def evaluate(self) -> None:
         """Score the whole validation set and append what came out."""
         self.read_losses()
         step = self.progress.step
-        self.arm.eval()
-        records = score(
-            self.arm.model, self.validation_examples[rank()::world_size()], self.arm.fs, device=self.device,
-            batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.round.max_prompt),
-            task=self.round.task, step=step, tokenizer=self.tokenizer,
-            autocast=torch.bfloat16 if self.device.type == "cuda" else None,
-        )
-        self.arm.train()
-        by_id = {record["id"]: record for record in gathered(records)}
-        records = [by_id[example.id] for example in self.validation_examples]
+        records = self.scored(self.arm.fs)
         self.progress.records += records
         self.progress.metrics.append({"step": step, **summarise(records)})
         last = self.progress.metrics[-1]
@@ -386,15 +441,19 @@ class ArmRun:
                           "and run the same command to go on") from error
 
     def write_lines(self) -> None:
-        for name in ("metrics", "records"):
-            with atomic_write(self.folder / f"{name}.jsonl", "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in getattr(self.progress, name))
+        write_json_lines(self.folder / "metrics.jsonl", self.progress.metrics)
+        write_json_lines(self.folder / "records.jsonl", self.progress.records)
 
     def write_run(self, status: str) -> None:
         if is_main():
             progress = {"status": status, "steps": self.progress.step, "seconds": int(self.progress.seconds)}
             with atomic_write(self.folder / "run.json", "w") as file:
                 json.dump(self.identity | self.surroundings | progress, file, indent=1)
+
+
+def write_json_lines(path: Path, lines: list[dict]) -> None:
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:

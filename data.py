@@ -334,73 +334,74 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
 
 # ---- the built-in stand-in ---------------------------------------------------------------------------------
 
-# each word with the space before it is one token; few words, so that a small model can learn them
-KEYS = ("cat dog horse cow pig sheep goat hen duck goose fox wolf bear lion tiger deer mouse rat bat crow "
-        "eagle frog snake fish shark whale seal crab bee ant spider monkey").split()
-VALUES = ("red blue green black white brown grey pink gold silver orange yellow purple cream olive "
-          "copper").split()
+# every word is one token, at the start of a line or after a space; few words, for a small model to learn
+NAMES = ("Ann Bob Tom Sam Max Ben Dan Kim Amy Lee Joe Jim Jack John Mary Paul Mark Anna Alex Adam Eric Ryan "
+         "Luke Jane Kate Rose Ruby Nick Mike Dave Peter David").split()
+VERBS = ("runs sings eats jumps reads walks plays works writes speaks moves lives falls rises waits "
+         "drives").split()
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def standin_records(task: str, split: str, n: int, seed: int, n_facts: int) -> list[dict]:
     """n generated records in the official format of a task: looking up one of n_facts, all equally likely.
 
-    hotpotqa: a paragraph of one-sentence facts, "The cat red dog blue …"; "The dog?"; "blue" (2 to 32 facts).
-    arc: the options "A. cat", "B. dog", …; "The dog?"; "B" (2 to 26 facts).
+    hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
+    arc: the options "A. Ann", "B. Bob", …; "Who is Bob?"; "B" (2 to 26 facts).
 
-    A fact is two tokens there and four here, since the stand-in trains on a CPU; no question can be answered
-    without the facts. A hash of the facts, in whatever order, and the question decides which split they are
-    in: training and validation share none, and from three facts on neither runs out.
-    Raises ValueError for an unknown split or n_facts out of range.
+    Paragraphs have no titles, and a fact is three tokens there and four here, since the stand-in trains on a
+    CPU. No question can be answered without the facts. A hash of the facts, in whatever order, and the
+    question decides which split they are in: training and validation share none, and from three facts on
+    neither runs out. Raises ValueError for an unknown split or n_facts out of range.
     """
-    most = len(KEYS) if task == "hotpotqa" else len(LABELS)
+    most = len(NAMES) if task == "hotpotqa" else len(LABELS)
     if split not in ("train", "validation") or not 2 <= n_facts <= most:
         raise ValueError(f"the stand-in has train and validation, 2 to {most} facts: not {split}, {n_facts}")
     generator = random.Random(f"{task} {split} {seed}")
     records: list[dict] = []
     while len(records) < n:
-        keys = generator.sample(KEYS, n_facts)
+        names = generator.sample(NAMES, n_facts)
         asked = generator.randrange(n_facts)
-        values = generator.choices(VALUES, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
-        facts = [f"{key} {value}" for key, value in zip(keys, values)]
-        identity = " ".join(sorted(facts) + [keys[asked]]).encode()
+        values = generator.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
+        facts = [f"{name} {value}" for name, value in zip(names, values)]
+        identity = " ".join(sorted(facts) + [names[asked]]).encode()
         if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
             continue
-        name, question = f"standin-{split}-{seed}-{len(records)}", f"The {keys[asked]}?"
+        id = f"standin-{split}-{seed}-{len(records)}"
         if task == "arc":
-            choices = [{"text": key, "label": label} for key, label in zip(keys, values)]
-            records.append({"id": name, "question": {"stem": question, "choices": choices},
+            choices = [{"text": name, "label": label} for name, label in zip(names, values)]
+            records.append({"id": id, "question": {"stem": f"Who is {names[asked]}?", "choices": choices},
                             "answerKey": values[asked]})
         else:
-            records.append({"_id": name, "question": question, "answer": values[asked], "type": "bridge",
-                            "level": "easy", "supporting_facts": [["Farm", asked + 1]],
-                            "context": [["Farm", ["The", *facts]]]})
+            records.append({"_id": id, "question": names[asked], "answer": values[asked], "type": "bridge",
+                            "level": "easy", "supporting_facts": [["", 0]],
+                            "context": [["", [fact]] for fact in facts]})
     return records
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
 
-def batches(examples: Sequence[Example], batch_size: int, seed: int,
-            start: int = 0) -> Iterator[list[Example]]:
+def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int = 0,
+            shuffle: bool = True) -> Iterator[list[Example]]:
     """Endless batches; those from step `start` on are the same whether or not the earlier ones were drawn.
 
     Every epoch gives each example once, in an order drawn from (seed, epoch). Windows of 16 batches are
     sorted by prompt length, so that rows of like length are padded together, and the batches are then
     shuffled again. The last batch drawn from an epoch's examples is smaller where batch_size does not divide
-    their number.
+    their number. Without `shuffle`, the examples come as they are, which is how the stand-in's get harder.
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, skip = divmod(start, per_epoch)
     while True:
         generator = random.Random(f"{seed} {epoch}")
         order = list(range(len(examples)))
-        generator.shuffle(order)
-        window = 16 * batch_size
-        by_length = []
-        for i in range(0, len(order), window):
-            by_length += sorted(order[i:i + window], key=lambda j: len(examples[j].prompt))
-        groups = [by_length[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        generator.shuffle(groups)
+        if shuffle:
+            generator.shuffle(order)
+            window = 16 * batch_size
+            windows = [order[i:i + window] for i in range(0, len(order), window)]
+            order = [j for part in windows for j in sorted(part, key=lambda j: len(examples[j].prompt))]
+        groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        if shuffle:
+            generator.shuffle(groups)
         for group in groups[skip:]:
             yield [examples[j] for j in group]
         epoch, skip = epoch + 1, 0

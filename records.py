@@ -2,7 +2,8 @@
 
 A run is runs/<round>/seed<N>/<arm>/ with run.json (settings, data, base, status) and records.jsonl, a line an
 example and evaluation: step, id, tokens (of the answer), correct (of them, right under teacher forcing),
-loss, exact, f1 and, for people, option, gold and text. arm.py writes them, score.py says what they mean.
+loss, exact, f1 and, for people, option, gold and text. A finished prompt_fs has seed_off.jsonl too, the last
+evaluation once more without its seed. arm.py writes them, score.py says what they mean.
 
 Shapes: S seeds, 2 arms, K evaluations, n examples, M = 4 metrics.
 """
@@ -34,6 +35,7 @@ class Runs:
     tables: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
     run: dict                   # run.json of one arm: what is SAME_EVERYWHERE
     unfinished: list[str]       # arms whose status is not "done"
+    seed_off: dict[int, np.ndarray]    # seed: (n, M), of finished prompt_fs arms
 
     def last(self) -> np.ndarray:
         """Every arm's last evaluation, (S, 2, n, M)."""
@@ -108,12 +110,22 @@ def is_record(line: str) -> bool:
         return False
 
 
-def difference(a, b, name: str) -> str | None:
+def same_everywhere(run: dict) -> dict:
+    """What must not differ between the seeds of a round. A seed of the stand-in has its own base and training
+    questions, which only its two arms share.
+    """
+    same = {key: run.get(key) for key in SAME_EVERYWHERE}
+    if run.get("standin"):
+        same |= {"base": None, "data": {"validation": run["data"].get("validation")}}
+    return same
+
+
+def difference(a, b, name: str = "") -> str | None:
     """The first place where two JSON values differ, as `settings.lr is 1e-05 and 3e-05`, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = (difference(a.get(key), b.get(key), f"{name}.{key}") for key in sorted({*a, *b}))
         return next(filter(None, found), None)
-    return None if a == b else f"{name} is {a} and {b}"
+    return None if a == b else f"{name.removeprefix('.')} is {a} and {b}"
 
 
 def seeds_on_disk(name: str, runs_dir: str | Path, finished: bool = False) -> list[int]:
@@ -138,22 +150,29 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
     seeds = seeds_on_disk(name, runs_dir) if seeds is None else seeds
     if not seeds:
         raise FileNotFoundError(f"{folder}: no runs; run python train.py --round {name}, or name --runs DIR")
-    tables, unfinished, first = {}, [], None
+    tables, unfinished, seed_off, first, without_fs = {}, [], {}, None, {}
     for place in [folder / f"seed{seed}" / arm for seed in seeds for arm in ARMS]:
         run = read_run(place)
         ids, steps, scores = read_records(place / "records.jsonl")
         if first is None:
             first, first_run, first_ids = place, run, ids
-        unlike = (difference(first_run.get(key), run.get(key), key) for key in SAME_EVERYWHERE)
-        unlike = next(filter(None, unlike), None)
+        other, unlike = first, (difference(first_run.get("standin"), run.get("standin"), "standin")
+                                or difference(same_everywhere(first_run), same_everywhere(run)))
+        if unlike is None and run["arm"] == ARMS[1]:
+            other = place.with_name(ARMS[0])
+            unlike = difference({key: without_fs.get(key) for key in SAME_EVERYWHERE},
+                                {key: run.get(key) for key in SAME_EVERYWHERE})
         if unlike is None and ids != first_ids:
-            unlike = "they were scored on different examples"
+            other, unlike = first, "they were scored on different examples"
         if unlike:
-            raise ValueError(f"{first} and {place} cannot be compared: {unlike}; run both alike, or keep "
+            raise ValueError(f"{other} and {place} cannot be compared: {unlike}; run both alike, or keep "
                              "them apart with --runs DIR")
+        without_fs = run
         if run["status"] != "done":
             unfinished.append(f"seed {run['seed']} {run['arm']} (at step {steps[-1]})")
         tables[run["seed"], run["arm"]] = steps, scores
+        if (place / "seed_off.jsonl").exists() and run["arm"] == ARMS[1] and run["status"] == "done":
+            seed_off[run["seed"]] = read_records(place / "seed_off.jsonl")[2][-1]
     for seed in seeds:
         without, with_fs = (int(tables[seed, arm][0][-1]) for arm in ARMS)
         # a budget in minutes, and only that, gives the two arms unequal steps
@@ -162,18 +181,17 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
                              f"step {with_fs}; run python train.py --round {name} --seed {seed} to the end")
     if len(first_ids) < 2:
         raise ValueError(f"{folder}: scored on a single example; statistics need two at least, see n_val")
-    return Runs(name, list(seeds), first_ids, tables, first_run, unfinished)
+    return Runs(name, list(seeds), first_ids, tables, first_run, unfinished, seed_off)
 
 
 def check_comparable(a: Runs, b: Runs) -> None:
     """Raises ValueError where more than Future-Seed sets two rounds apart."""
-    def without_fs(run, key):
-        if key != "settings":
-            return run.get(key)
-        return {name: value for name, value in run[key].items() if name != "name" and name[:3] != "fs_"}
+    def without_fs(run):
+        settings = {name: value for name, value in run["settings"].items()
+                    if name != "name" and name[:3] != "fs_"}
+        return same_everywhere(run) | {"settings": settings}
 
-    unlike = (difference(without_fs(a.run, key), without_fs(b.run, key), key) for key in SAME_EVERYWHERE)
-    reason = next(filter(None, unlike), None)
+    reason = difference(without_fs(a.run), without_fs(b.run))
     if reason is None and a.ids != b.ids:
         reason = "they were scored on different examples"
     if reason is None and not {*a.seeds} & {*b.seeds}:

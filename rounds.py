@@ -1,7 +1,8 @@
 """What a round is: one recipe, run with and without Future-Seed, as written in rounds.toml.
 
-A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. Reference:
-the experiment log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
+A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. The
+settings under [standin] are laid over a round that runs on the built-in stand-in. Reference: the experiment
+log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROUNDS_FILE = Path(__file__).resolve().parent / "rounds.toml"
+NOT_ROUNDS = ("defaults", "standin")    # tables of rounds.toml that other rounds are made with
 
 CHOICES = {
     "task": ("arc", "hotpotqa"),
@@ -21,7 +23,10 @@ AT_LEAST = {
     "max_prompt": 1, "min_prompt": 0, "max_answer": 1, "n_train": 1, "n_val": 1, "batch_size": 1,
     "micro_batch_size": 0, "steps": 0, "eval_every": 1, "lr": 0, "weight_decay": 0,
     "fs_alpha_lr": 0, "fs_gate_lr": 0, "fs_layer_start": 0, "fs_clip": 0,
+    "beta2": 0, "grad_clip": 0, "warm_up": 0, "facts": 0, "facts_first": 2, "facts_hold": 0,
+    "facts_ramp": 0, "rehearsal": 0,
 }
+AT_MOST = {"beta2": 0.99999, "facts": 24, "rehearsal": 1}
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,17 @@ class Round:
     eval_every: int            # steps between evaluations, each on the whole validation set
     lr: float
     weight_decay: float
+    beta2: float               # of AdamW
+    grad_clip: float           # bound on the gradient's norm; 0 for none
+    warm_up: int               # steps over which lr rises from 0
+    # of the stand-in: facts to choose from in a question, 0 on real records; training starts with facts_first
+    # of them, for facts_hold steps, and has them all facts_ramp steps later; rehearsal is the share of
+    # batches that put the question first, as pretraining did
+    facts: int
+    facts_first: int
+    facts_hold: int
+    facts_ramp: int
+    rehearsal: float
     fs_alpha: float
     fs_alpha_lr: float         # 0 keeps alpha as it starts
     fs_layer_start: int
@@ -118,6 +134,8 @@ def checked(key: str, value, kind: type, where: str):
         raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
     if key in AT_LEAST and value < AT_LEAST[key]:
         raise ValueError(f"{where}: {key} must be {AT_LEAST[key]} or more, not {value}")
+    if key in AT_MOST and value > AT_MOST[key]:
+        raise ValueError(f"{where}: {key} must be {AT_MOST[key]} or less, not {value}")
     return value
 
 
@@ -133,7 +151,7 @@ def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) ->
         raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not the name of a round")
     if name in below:
         raise ValueError(f"{where}: {' inherits from '.join((*below, name))}, a circle")
-    if name not in tables or "parts" in tables[name]:
+    if name not in tables or name in NOT_ROUNDS or "parts" in tables[name]:
         raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not a round")
     own = {key: value for key, value in tables[name].items() if key not in ("inherits", "log")}
     parent = tables[name].get("inherits")
@@ -150,6 +168,20 @@ def read_rounds(path: str | Path) -> dict:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
 
 
+def standin(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
+    """The round as it runs on the stand-in: its task, order and Future-Seed, [standin]'s everything else.
+
+    Raises ValueError, one line, for an unknown key or a wrong type.
+    """
+    table = read_rounds(path).get("standin", {})
+    common = {key: value for key, value in table.items() if key not in CHOICES["task"]}
+    where = f"{path}, [standin]"
+    return dataclasses.replace(round, **{
+        key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
+        for key, value in (common | table.get(round.task, {})).items()
+    })
+
+
 def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
     """Every round of a rounds file by name.
     Raises ValueError, one line, for an unknown key or a wrong type.
@@ -163,7 +195,7 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
         where = f"{path}, [{name}]"
         if "parts" in table:
             check_parts(table, tables, where)
-        if name == "defaults" or "parts" in table:
+        if name in NOT_ROUNDS or "parts" in table:
             continue
         values = {
             key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
@@ -179,7 +211,7 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
 def check_parts(table: dict, tables: dict, where: str) -> None:
     """A round of parts holds nothing else, and its parts are rounds."""
     parts = table["parts"]
-    names = [name for name in tables if name != "defaults" and "parts" not in tables[name]]
+    names = [name for name in tables if name not in NOT_ROUNDS and "parts" not in tables[name]]
     if len(table) > 1 or not isinstance(parts, list) or not parts or any(part not in names for part in parts):
         raise ValueError(f"{where}: parts must be a list of rounds of this file and stand alone, not {table}")
 
@@ -198,7 +230,7 @@ def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
     ValueError for an unknown one.
     """
     tables = read_rounds(path)
-    rounds = [name for name in tables if name != "defaults"]
+    rounds = [name for name in tables if name not in NOT_ROUNDS]
     expanded = []
     for name in names:
         if name not in rounds:

@@ -10,7 +10,9 @@ Reference: the Future-Seed post-training experiment log; rounds.toml holds its r
 """
 
 import argparse
+import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,11 +24,12 @@ import torch
 import torch.distributed as dist
 
 from arm import ArmRun, Stopped, is_main, say, world_size
-from data import load_examples
+from data import Example, load_examples
 from download import download
 from eval import report, write_summary
 from model import RWKV7, Config
-from rounds import Round, expand, load_rounds, with_settings
+from rounds import Round, expand, load_rounds, standin, with_settings
+from standin import QUESTION_FIRST, SmallTokenizer, pretrain, training_examples, validation_examples
 from tokenizer import Tokenizer
 
 ARMS = ("no_fs", "prompt_fs")
@@ -38,6 +41,8 @@ EXAMPLES = """examples:
   python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
   python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
                                           a smoke test, no weights needed
+  python train.py --round S1 --seed 17 --standin
+                                          on the built-in stand-in: a few minutes, nothing else needed
   torchrun --nproc_per_node=4 train.py --round R2
                                           four processes share each batch; where a batch has fewer rows
                                           than there are processes (R6 to R10), they take a seed each
@@ -76,9 +81,12 @@ def find_base(choice: str | None, round: Round, assets: Path, offline: bool) -> 
         if not path.exists():
             download(BASE_URL + round.base, path, offline=offline)
     config = RWKV7.load(path).config    # loaded once to see that it is whole, again by each arm
+    return Base(path, config, {"name": path.name, "sha256": sha256_of(path)})
+
+
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(path, config, {"name": path.name, "sha256": digest})
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_vocabulary(base: Base, examples) -> None:
@@ -99,7 +107,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                     "and report the difference.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--round", nargs="+", default=[], metavar="R", help="R2 to R10; R9 is R9a and R9b")
+    parser.add_argument("--round", nargs="+", default=[], metavar="R",
+                        help="R2 to R10 (R9 is R9a and R9b), S1 to S7; standin trains the stand-in's bases")
     parser.add_argument("--list", action="store_true", help="show the rounds and what is on disk, and stop")
     parser.add_argument("--seed", type=int, help="draws the batches; default: the log's seeds of the round")
     parser.add_argument("--seeds", metavar="0-9", help="several seeds, as 0-9 or 0,3,5")
@@ -121,9 +130,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true",
                         help="start over, deleting what the arms' folders hold")
     parser.add_argument("--offline", action="store_true", help="never use the network")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--standin", action="store_true",
+                      help="run on the built-in stand-in, as rounds do whose base or data cannot be had")
+    kind.add_argument("--real", action="store_true", help="never run on the stand-in")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
         parser.error("name a round with --round (python train.py --list shows them)")
+    if args.standin and args.base is not None:
+        parser.error("--standin has a base of its own; leave --base out")
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -167,17 +182,112 @@ def list_rounds(runs: Path) -> None:
     print("\nsettings, for --set:", ", ".join(load_rounds()["R2"].settings()))
 
 
-def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
-    """Both arms of one seed, or the one that --arm names, then the round's summary."""
+@dataclass(frozen=True)
+class Material:
+    """What both arms of a seed are made from, and the round as it then runs."""
+
+    round: Round
+    train: list[Example]
+    validation: list[Example]
+    base: Base
+    tokenizer: Tokenizer
+
+
+def real_material(round: Round, args: argparse.Namespace) -> Material:
+    """The publishers' data and base. Raises FileNotFoundError, one line, naming all that cannot be had."""
+    round = with_settings(round, args.settings)
+    if round.facts:
+        raise ValueError("--set facts: only questions of the stand-in have facts; add --standin")
     rules = dict(order=round.order, max_prompt=round.max_prompt, min_prompt=round.min_prompt,
                  max_answer=round.max_answer, assets=args.assets, offline=args.offline)
-    train = load_examples(round.task, "train", n=round.n_train, seed=round.data_seed, **rules)
-    validation = load_examples(round.task, "validation", n=round.n_val, seed=round.validation_seed, **rules)
-    base = find_base(args.base, round, args.assets, args.offline)
+    wanted = (
+        lambda: load_examples(round.task, "train", n=round.n_train, seed=round.data_seed, **rules),
+        lambda: load_examples(round.task, "validation", n=round.n_val, seed=round.validation_seed, **rules),
+        lambda: find_base(args.base, round, args.assets, args.offline),
+    )
+    found, missing = [], []
+    for load in wanted:
+        try:
+            found.append(load())
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("; ".join(missing))
+    train, validation, base = found
     check_vocabulary(base, train + validation)
-    tokenizer = Tokenizer()
+    return Material(round, train, validation, base, Tokenizer())
+
+
+def standin_material(round: Round, seed: int, args: argparse.Namespace) -> Material:
+    """The seed's own questions and base, made up and trained here."""
+    round = with_settings(standin(round), args.settings)
+    if not round.facts:
+        raise ValueError("--set facts=0: the stand-in's questions need 2 facts or more; use --real")
+    tokenizer = SmallTokenizer()
+    path = standin_base(round.task, seed, args, tokenizer)
+    base = Base(path, RWKV7.load(path).config, {"name": "stand-in", "sha256": sha256_of(path)})
+    examples = training_examples(round, seed, tokenizer), validation_examples(round, tokenizer)
+    try:
+        check_vocabulary(base, examples[0] + examples[1])
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path} to have it made again") from None
+    return Material(round, *examples, base, tokenizer)
+
+
+def standin_base(task: str, seed: int, args: argparse.Namespace, tokenizer: SmallTokenizer) -> Path:
+    """Where a seed's stand-in base lies, trained first if it is not there."""
+    path = args.assets / "weights" / f"standin-{task}-seed{seed}.pth"
+    if is_main() and not path.exists():
+        pretrain(task, seed, path, tokenizer, torch.device(args.device))
+    if world_size() > 1:
+        dist.barrier()
+    return path
+
+
+@functools.cache    # once a process for every reason
+def announce_standin(reason: str) -> None:
+    say(f"""
+{"=" * 100}
+STAND-IN: {reason}
+So this runs on made-up questions, from a tiny base that is trained here first: see standin.py.
+It shows the method at work; its numbers say nothing about the real round, and are marked wherever they go.
+--real insists on the real thing and says what to put where; --standin asks for this straight away.
+{"=" * 100}
+""")
+
+
+def find_material(round: Round, seed: int, args: argparse.Namespace) -> Material:
+    """The real material if it can be had and is not unwanted, else the stand-in's, after a notice."""
+    if not args.standin:
+        try:
+            return real_material(round, args)
+        except FileNotFoundError as error:
+            if args.real or args.base is not None:
+                raise
+            announce_standin(f"the real data or base cannot be had ({error}).")
+    else:
+        announce_standin("asked for with --standin.")
+    return standin_material(round, seed, args)
+
+
+def show_answers(material: Material, folder: Path, n: int = 4) -> None:
+    """A few validation questions of the stand-in, which fit on a line, with both arms' answers."""
+    answers = {}
+    for arm in ARMS:
+        lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        answers[arm] = [json.loads(line)["text"].strip() for line in lines[-len(material.validation):]]
+    for i, example in enumerate(material.validation[:n]):
+        print("  " + " ".join(material.tokenizer.decode(example.prompt).replace("\n\n", ", ").split()))
+        given = ", ".join(f"{arm} says {answers[arm][i]}" for arm in ARMS)
+        print(f"    right is {example.text}; {given}")
+
+
+def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
+    """Both arms of one seed, or the one that --arm names, then the round's summary."""
+    material = find_material(round, seed, args)
+    round = material.round
     folder = args.runs / round.name / f"seed{seed}"
-    arms = [ArmRun(round, seed, arm, base, train, validation, tokenizer, folder / arm, args)
+    arms = [ArmRun(material, seed, arm, folder / arm, args)
             for arm in (ARMS if args.arm == "both" else [args.arm])]
     if args.fresh:
         for arm in arms if is_main() else []:
@@ -188,7 +298,7 @@ def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
     for arm, state in zip(arms, states):
         if state == "done":
             say(f"{arm.name}: done before; --fresh runs it again")
-        else:
+        elif args.fresh or not arm.copy_twin(args.runs):
             arm.run()
     if is_main() and args.arm == "both":
         try:
@@ -196,13 +306,25 @@ def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
             print(report([round.name], args.runs))
         except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
             say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
+        if round.facts:
+            show_answers(material, folder)
+
+
+def make_standins(args: argparse.Namespace) -> None:
+    """--round standin: train the bases of the stand-in, each once."""
+    tokenizer = SmallTokenizer()
+    for task, name in QUESTION_FIRST.items():
+        for seed in chosen_seeds(args, load_rounds()[name]):
+            say(f"{standin_base(task, seed, args, tokenizer)} is there")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.list:
         list_rounds(args.runs)
         return
-    rounds = [with_settings(load_rounds()[name], args.settings) for name in expand(args.round)]
+    rounds = [load_rounds()[name] for name in expand([name for name in args.round if name != "standin"])]
+    for round in rounds:
+        with_settings(round, args.settings)    # a wrong one is told before anything is loaded or made
     seeds = [chosen_seeds(args, round) for round in rounds]
     share = slice(None)
     processes = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
@@ -215,6 +337,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             # too small to share: each has its own seeds
             share = slice(int(os.environ["RANK"]), None, processes)
+    if "standin" in args.round:
+        make_standins(args)
     for round, round_seeds in zip(rounds, seeds):
         for seed in round_seeds[share]:
             run_seed(round, seed, args)
