@@ -262,8 +262,9 @@ class ArmRun:
                 continue    # its own round will complain
             if is_main():
                 for name in ("metrics.jsonl", "records.jsonl", "seed_off.jsonl", "model.pth", "fs.pth"):
-                    if path.with_name(name).exists():
-                        with open(path.with_name(name), "rb") as file, atomic_write(self.folder / name) as copy:
+                    theirs = path.with_name(name)
+                    if theirs.exists():
+                        with open(theirs, "rb") as file, atomic_write(self.folder / name) as copy:
                             shutil.copyfileobj(file, copy)
                 with atomic_write(self.folder / "run.json", "w") as file:
                     json.dump(found | self.identity | {"copied_from": found["round"]}, file, indent=1)
@@ -305,9 +306,9 @@ class ArmRun:
         seed_off = self.scored(fs=None) if fs is not None else []
         if is_main():
             self.write_lines()    # once more: a run may have died between its last checkpoint and these files
-            write_json_lines(self.folder / "seed_off.jsonl", seed_off)
             model.save(self.folder / "model.pth")
             if fs is not None:
+                write_json_lines(self.folder / "seed_off.jsonl", seed_off)
                 save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()},
                              self.folder / "fs.pth")
             self.write_run("done")

@@ -28,19 +28,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ask import ask
+from figures import Figure, draw
 from files import atomic_write
 from records import ARMS, METRICS, Runs, check_comparable, read_round, seeds_on_disk
-from rounds import Round, expand, load_rounds
-from score import ask, generate, score, summarise    # noqa: F401, where train.py looks for them
-from stats import (EFFECT, RULE, bootstrap_interval, needed, noise_floor, over_seeds, sign_flip_p, t_test,
-                   verdict)
+from rounds import Round, expand, load_rounds, miniature
+from stats import (EFFECT, JUMP, RULE, bootstrap_interval, needed, noise_floor, over_seeds, sign_flip_p,
+                   t_test, verdict)
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:    # figures are optional
-    Figure = None
-
-COMPARED = (("R2", "R9a"), ("R6", "R8"), ("R6", "R9b"), ("R6", "R10"))    # same data, another Future-Seed
+# same data and order, another Future-Seed
+COMPARED = (("R2", "R9a"), ("R2", "S7"), ("R6", "R8"), ("R6", "R9b"), ("R6", "R10"), ("R6", "S1"),
+            ("R6", "S2"), ("S1", "S3"), ("R8", "S4"), ("R9b", "S5"), ("R7", "S6"))
 LOG_BATCHES = 16    # of validation answers in one evaluation of the log
 EXAMPLES = f"""examples:
   python eval.py R8                         one round, every seed found in runs/
@@ -49,6 +47,7 @@ EXAMPLES = f"""examples:
   python eval.py --all --markdown           a table for pasting; --json for programs
   python eval.py --log                      the log's own table, recomputed, with t-tests
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
+                                            (of a model trained on the stand-in: a prompt of its kind)
 
 the verdict on a round, by a rule fixed before any run: {RULE}"""
 
@@ -132,21 +131,25 @@ def analyse(runs: Runs, round: Round) -> dict:
         for (seed, arm), (steps, scores) in runs.tables.items()
     ]
     settings = runs.run["settings"]
-    recipe = round.settings().items()
+    made_up = bool(runs.run.get("standin"))
+    recipe = (miniature(round) if made_up else round).settings().items()
     changed = [f"{key}={settings.get(key)}" for key, value in recipe if settings.get(key) != value]
     log_seeds = len(round.log.d_acc) if round.log else len(x)
-    return {
+    result = {
         "round": runs.name, "title": round.title, "task": round.task,
         "seeds": runs.seeds, "examples": len(runs.ids),
-        "standin": bool(runs.run.get("standin")), "base": (runs.run.get("base") or {}).get("name"),
+        "standin": made_up, "base": (runs.run.get("base") or {}).get("name"),
         "changed": changed, "unfinished": runs.unfinished,
         "per_seed": per_seed, "over_seeds": over,
+        "jumped": dict(zip(ARMS, (means[..., 0] > JUMP).sum(axis=0).tolist())) if made_up else None,
+        "seed_off": {seed: float(scores[:, 0].mean()) for seed, scores in runs.seed_off.items()},
         "verdict": verdict(over["acc"]["low"], over["acc"]["high"], len(x)),
         "log": log_numbers(round) if round.log else None,
         "noise": noise_floor(runs.accuracies(), LOG_BATCHES * round.batch_size, log_seeds),
         "needed": {"effect": EFFECT, "seeds": seeds_needed, "questions": questions_needed},
         "curves": curves,
     }
+    return result | {"labels": labels(result)}
 
 
 def compare(a: Runs, b: Runs) -> dict:
@@ -192,9 +195,11 @@ def text_of(result: dict) -> str:
     """One round's report for a terminal."""
     S, n = len(result["seeds"]), result["examples"]
     lines = [f"{result['round']}: {result['title']}; {S} seed{'s' if S > 1 else ''} on {n} examples"]
-    lines += [f"  {label}" for label in labels(result)]
+    lines += [f"  {label}" for label in result["labels"]]
     lines.append("  metric seed     step    no_fs  prompt_fs        d  95% interval         p")
-    for metric in METRICS[:3] if result["task"] == "arc" else METRICS:    # ARC's F1 is its EM
+    # ARC's F1 is its EM, and the stand-in's answers, a token each, have nothing but accuracy and loss
+    shown = METRICS[:2] if result["standin"] else METRICS[:3] if result["task"] == "arc" else METRICS
+    for metric in shown:
         for line in result["per_seed"]:
             value = line[metric]
             arms = f"{value['no_fs']:>8.4f} {value['prompt_fs']:>10.4f}"
@@ -205,12 +210,20 @@ def text_of(result: dict) -> str:
     if S == 1:
         lines.append("  a single seed: its intervals allow for other questions, not for other seeds")
     lines.append(f"  verdict: {result['verdict']}")
+    if result["jumped"]:
+        counts = ", ".join(f"{arm} in {count} of {S}" for arm, count in result["jumped"].items())
+        lines.append(f"  jumped (more than {JUMP:.0%} right at the end): {counts} seeds")
+    if result["seed_off"]:
+        off = " ".join(f"{value:.4f}" for value in result["seed_off"].values())
+        lines.append(f"  accuracy of prompt_fs with its seed switched off at the end, by seed: {off}")
     log, noise, enough = result["log"], result["noise"], result["needed"]
     if log:
         deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
         real = " (on real records)" if result["standin"] else ""
         lines.append(f"  the log{real}: d_acc {deltas}, mean {log['mean']:+.4f}, std {log['std']:.4f}, "
                      f"d_loss {log['d_loss']:+.4f}, \"{log['status']}\"; by our rule {log['verdict']}")
+    if result["standin"]:
+        return "\n".join(lines) + "\n"    # its noise says nothing about the log's
     lines.append(f"  noise of one seed's d_acc from the choice of answers: {noise['log']:.4f} by the log's "
                  f"protocol ({noise['log_same']:.4f} if both arms draw alike), {noise['ours']:.4f} here")
     if log and S > 1 and len(log["d_acc"]) > 1:
@@ -234,7 +247,33 @@ def text_of_comparison(comparison: dict) -> str:
 
 
 def markdown_of(results: list[dict]) -> str:
-    """A table for pasting, a row a round."""
+    """Tables for pasting, a row a round: of the real rounds, and of those on the stand-in."""
+    tables = [table([result for result in results if result["standin"] == made_up])
+              for made_up, table in ((False, markdown_of_rounds), (True, markdown_of_standins))
+              if any(result["standin"] == made_up for result in results)]
+    return "\n".join(tables)
+
+
+def markdown_of_standins(results: list[dict]) -> str:
+    seeds = sorted({line["seed"] for result in results for line in result["per_seed"]})
+    rows = [("on the STAND-IN", "arm", *(f"seed {seed}" for seed in seeds), "mean", "jumped")]
+    rows.append(["---"] * len(rows[0]))
+    for result in results:
+        over = result["over_seeds"]["acc"]
+        by_arm = {arm: {line["seed"]: line["acc"][arm] for line in result["per_seed"]} for arm in ARMS}
+        by_arm["seed off"] = result["seed_off"]
+        titles = ["<br>".join([f"{result['round']}: {result['title']}", *result["labels"][1:]]),
+                  f"d_acc {over['mean']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}], {over['signs']}, "
+                  f"p {over['p_seeds']:.3f}: {result['verdict']}", ""]
+        for title, (arm, values) in zip(titles, by_arm.items()):
+            shown = [f"{values[seed]:.2f}" if seed in values else "" for seed in seeds]
+            mean = f"{np.mean([*values.values()]):.3f}" if values else ""
+            jumped = f"{result['jumped'][arm]} of {len(values)}" if arm in ARMS else ""
+            rows.append((title, arm, *shown, mean, jumped))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def markdown_of_rounds(results: list[dict]) -> str:
     heads = ("round", "seeds × examples", "d_acc [95%]", "std", "+/0/−", "d_loss [95%]", "d_EM [95%]",
              "verdict", "log: d_acc ± std", "log, by our rule")
     rows = [heads, ["---"] * len(heads)]
@@ -242,7 +281,7 @@ def markdown_of(results: list[dict]) -> str:
         over, log = result["over_seeds"], result["log"]
         acc, loss, exact = (f"{over[metric]['mean']:+.4f} {interval(over[metric])}" for metric in METRICS[:3])
         rows.append((
-            "<br>".join([f"{result['round']}: {result['title']}", *labels(result)]),
+            "<br>".join([f"{result['round']}: {result['title']}", *result["labels"]]),
             f"{len(result['seeds'])} × {result['examples']}",
             acc, f"{over['acc']['std']:.4f}", over["acc"]["signs"], loss, exact, result["verdict"],
             f"{log['mean']:+.4f} ± {log['std']:.4f}" if log else "", log["verdict"] if log else "",
@@ -262,41 +301,6 @@ def text_of_log(rounds: list[Round]) -> str:
         lines.append(f"{round.name:<5}  {deltas:<23} {recomputed}  {test:<25}  {log['as_logged']:<11}  "
                      f"{log['verdict']}; \"{log['status']}\"")
     return "\n".join(lines) + "\n"
-
-
-def draw(results: list[dict], path: str) -> None:
-    """The figure, a row a round: every seed's d_acc with its interval, the log's, then learning curves."""
-    figure = Figure(figsize=(12, 0.5 + 2.5 * len(results)), layout="constrained")
-    panels = figure.subplots(len(results), 3, squeeze=False, width_ratios=(1.3, 1, 1))
-    for (left, *curve_panels), result in zip(panels, results):
-        over, log = result["over_seeds"]["acc"], result["log"]
-        accs = [(line["seed"], line["acc"]) for line in result["per_seed"]]
-        lines = [(f"seed {seed}", [acc["d"]], acc, "tab:blue") for seed, acc in accs]
-        lines.append(("mean", [over["mean"]], over, "black"))
-        if log:
-            lines.append(("the log", [*log["d_acc"], log["mean"]], None, "tab:gray"))
-        for place, (_, points, band, colour) in enumerate(lines):
-            if band:
-                left.plot([band["low"], band["high"]], [place, place], color=colour, linewidth=2)
-            left.plot(points[:-1], [place] * (len(points) - 1), "o", color=colour, fillstyle="none")
-            left.plot(points[-1], place, "D", color=colour)
-        left.axvspan(-EFFECT, EFFECT, color="black", alpha=0.06, linewidth=0)
-        left.axvline(0, color="black", linewidth=0.8)
-        left.set_yticks(range(len(lines)), [name for name, *_ in lines])
-        left.invert_yaxis()
-        left.set_xlabel("d_acc, 95% intervals")
-        heading = [f"{result['round']}: {result['title']}", *labels(result), f"verdict: {result['verdict']}"]
-        left.set_title("\n".join(heading), fontsize=9, loc="left")
-        names = "token accuracy", "validation loss, nats"
-        for panel, metric, name in zip(curve_panels, METRICS, names):
-            for curve in result["curves"]:
-                label = curve["arm"] if curve["seed"] == result["seeds"][0] else None
-                colour = ("tab:gray", "tab:orange")[ARMS.index(curve["arm"])]
-                panel.plot(curve["steps"], curve[metric], ".-", linewidth=1, color=colour, label=label)
-            panel.set_title(name, fontsize=9, loc="left")
-            panel.set_xlabel("step")
-        curve_panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
     result = analyse(runs, round)
     acc, loss = result["over_seeds"]["acc"], result["over_seeds"]["loss"]
     lines = [
-        f"settings: {json.dumps(runs.run['settings'])}", *labels(result), "=" * 90,
+        f"settings: {json.dumps(runs.run['settings'])}", *result["labels"], "=" * 90,
         f"L={round.max_prompt} pairs={len(runs.seeds)} mean d_acc={acc['mean']:+.4f} std={acc['std']:.4f} | "
         f"mean d_loss={loss['mean']:+.4f} std={loss['std']:.4f} | sign(+/0/-)={acc['signs']}",
     ]

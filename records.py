@@ -20,7 +20,7 @@ import numpy as np
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")
 FIELDS = itemgetter("step", "id", "correct", "tokens", "loss", "exact", "f1")
-SAME_EVERYWHERE = ("settings", "minutes", "base", "data", "standin")    # in all seeds and arms of a round
+SAME_EVERYWHERE = ("standin", "settings", "minutes", "base", "data")    # in all seeds and arms of a round
 AGAIN = "run this arm again with --fresh"
 
 
@@ -123,7 +123,7 @@ def same_everywhere(run: dict) -> dict:
 def difference(a, b, name: str = "") -> str | None:
     """The first place where two JSON values differ, as `settings.lr is 1e-05 and 3e-05`, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
-        found = (difference(a.get(key), b.get(key), f"{name}.{key}") for key in sorted({*a, *b}))
+        found = (difference(a.get(key), b.get(key), f"{name}.{key}") for key in {**a, **b})
         return next(filter(None, found), None)
     return None if a == b else f"{name.removeprefix('.')} is {a} and {b}"
 
@@ -156,8 +156,7 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
         ids, steps, scores = read_records(place / "records.jsonl")
         if first is None:
             first, first_run, first_ids = place, run, ids
-        other, unlike = first, (difference(first_run.get("standin"), run.get("standin"), "standin")
-                                or difference(same_everywhere(first_run), same_everywhere(run)))
+        other, unlike = first, difference(same_everywhere(first_run), same_everywhere(run))
         if unlike is None and run["arm"] == ARMS[1]:
             other = place.with_name(ARMS[0])
             unlike = difference({key: without_fs.get(key) for key in SAME_EVERYWHERE},

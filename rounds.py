@@ -168,17 +168,18 @@ def read_rounds(path: str | Path) -> dict:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
 
 
-def standin(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
+def miniature(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
     """The round as it runs on the stand-in: its task, order and Future-Seed, [standin]'s everything else.
 
     Raises ValueError, one line, for an unknown key or a wrong type.
     """
     table = read_rounds(path).get("standin", {})
-    common = {key: value for key, value in table.items() if key not in CHOICES["task"]}
+    values = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    values |= table.get(round.task, {})
     where = f"{path}, [standin]"
     return dataclasses.replace(round, **{
         key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
-        for key, value in (common | table.get(round.task, {})).items()
+        for key, value in values.items()
     })
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from arm import Arm, Stopped, catch_signals, make_optimizer, say, set_learning_rate, stop_requested
+from arm import Arm, Stopped, catch_signals, duration, make_optimizer, say, set_learning_rate, stop_requested
 from data import (LABELS, NAMES, VERBS, Example, collate, make_example, read_arc, read_hotpotqa,
                   standin_records)
 from files import save_tensors
 from model import RWKV7, Config
-from rounds import Round, load_rounds, standin
+from rounds import Round, load_rounds, miniature
 from score import score, summarise
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
@@ -35,7 +35,7 @@ EASY = 0.35          # nats: once the running loss is below it, the questions ge
 KNOWN = 0.06         # nats: and with all facts in them, the base is put to the test
 PASSED = 0.99        # the accuracy that the test asks for
 QUESTIONS = 1024     # in the test, from the validation split
-MOST_STEPS = {"arc": 1000, "hotpotqa": 600}    # of an attempt; most need half as many
+USUAL_STEPS = {"arc": 450, "hotpotqa": 270}    # twice as many, and the attempt has failed
 ATTEMPTS = 5
 
 
@@ -66,7 +66,8 @@ class SmallTokenizer(Tokenizer):
 
 # ---- questions ---------------------------------------------------------------------------------------------
 
-def make_examples(round: Round, split: str, n: int, seed, n_facts: int, order: str, tokenizer) -> list[Example]:
+def make_examples(round: Round, split: str, n: int, seed, n_facts: int, order: str,
+                  tokenizer: SmallTokenizer) -> list[Example]:
     records = standin_records(round.task, split, n, seed, n_facts)
     rules = dict(order=order, max_prompt=round.max_prompt, max_answer=round.max_answer)
     return [make_example(round.task, record, tokenizer, **rules) for record in records]
@@ -124,7 +125,7 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
     in which it does not is given up for another one. Raises Stopped, or ValueError if all attempts fail.
     """
     name = f"stand-in base for {task}, seed {seed}"
-    round = standin(load_rounds()[QUESTION_FIRST[task]])
+    round = miniature(load_rounds()[QUESTION_FIRST[task]])
     unfinished = path.with_suffix(".unfinished")
     validation = validation_examples(replace(round, n_val=QUESTIONS), tokenizer)
     pace = Pace()
@@ -137,10 +138,12 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
             arm.load_state_dict(saved["arm"])
             optimizer.load_state_dict(saved["optimizer"])
         except Exception as error:    # a damaged file raises half a dozen types
-            raise ValueError(f"{unfinished}: damaged ({str(error).splitlines()[0][:120]}); delete it") from error
-    say(f"{name}: made once, in a minute or two" if pace.step == 0 else f"{name}: going on from step {pace.step}")
+            reason = str(error).splitlines()[0][:120]
+            raise ValueError(f"{unfinished}: damaged ({reason}); delete it") from error
+    say(f"{name}: going on from step {pace.step}" if pace.step else f"{name}: made once, in a minute or two")
     catch_signals()
-    shown = time.monotonic()
+    started = shown = time.monotonic()
+    first = pace.step
     while True:
         if stop_requested:
             save_tensors({"pace": asdict(pace), "arm": arm.state_dict(), "optimizer": optimizer.state_dict()},
@@ -158,7 +161,9 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
         pace.step += 1
         pace.loss = 0.8 * pace.loss + 0.2 * loss.item()
         if time.monotonic() - shown > 2:
-            say(f"{name}: step {pace.step}, {pace.facts} facts of {round.facts}, loss {pace.loss:.3f}")
+            left = max(1, USUAL_STEPS[task] - pace.step) * (time.monotonic() - started) / (pace.step - first)
+            say(f"{name}: step {pace.step}, {pace.facts} facts of {round.facts}, loss {pace.loss:.3f}, "
+                f"about {duration(left)} left")
             shown = time.monotonic()
         if pace.facts < round.facts and pace.loss < EASY:
             pace.facts += 1
@@ -171,12 +176,13 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
             if accuracy >= PASSED:
                 break
             pace.loss = 2 * KNOWN
-        if pace.step == MOST_STEPS[task]:
+        if pace.step == 2 * USUAL_STEPS[task]:
             pace = Pace(attempt=pace.attempt + 1)
             if pace.attempt == ATTEMPTS:
                 unfinished.unlink(missing_ok=True)
                 raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
-            say(f"{name}: has not learned it in {MOST_STEPS[task]} steps; starting over, otherwise")
+            say(f"{name}: has not learned it in {2 * USUAL_STEPS[task]} steps; starting over, otherwise")
+            started, first = time.monotonic(), 0
             arm = fresh_arm(round, seed, pace.attempt, tokenizer).to(device)
             optimizer = make_optimizer(arm, round)
     arm.model.save(path)

@@ -28,7 +28,7 @@ from data import Example, load_examples
 from download import download
 from eval import report, write_summary
 from model import RWKV7, Config
-from rounds import Round, expand, load_rounds, standin, with_settings
+from rounds import Round, expand, load_rounds, miniature, with_settings
 from standin import QUESTION_FIRST, SmallTokenizer, pretrain, training_examples, validation_examples
 from tokenizer import Tokenizer
 
@@ -193,8 +193,16 @@ class Material:
     tokenizer: Tokenizer
 
 
+class Missing(FileNotFoundError):
+    """Files that are not there and could not be downloaded, a message each."""
+
+    def __init__(self, messages: list[str]):
+        super().__init__("; ".join(messages))
+        self.messages = messages
+
+
 def real_material(round: Round, args: argparse.Namespace) -> Material:
-    """The publishers' data and base. Raises FileNotFoundError, one line, naming all that cannot be had."""
+    """The publishers' data and base. Raises Missing where any of it cannot be had."""
     round = with_settings(round, args.settings)
     if round.facts:
         raise ValueError("--set facts: only questions of the stand-in have facts; add --standin")
@@ -212,7 +220,7 @@ def real_material(round: Round, args: argparse.Namespace) -> Material:
         except FileNotFoundError as error:
             missing.append(str(error))
     if missing:
-        raise FileNotFoundError("; ".join(missing))
+        raise Missing(missing)
     train, validation, base = found
     check_vocabulary(base, train + validation)
     return Material(round, train, validation, base, Tokenizer())
@@ -220,7 +228,7 @@ def real_material(round: Round, args: argparse.Namespace) -> Material:
 
 def standin_material(round: Round, seed: int, args: argparse.Namespace) -> Material:
     """The seed's own questions and base, made up and trained here."""
-    round = with_settings(standin(round), args.settings)
+    round = with_settings(miniature(round), args.settings)
     if not round.facts:
         raise ValueError("--set facts=0: the stand-in's questions need 2 facts or more; use --real")
     tokenizer = SmallTokenizer()
@@ -261,12 +269,13 @@ def find_material(round: Round, seed: int, args: argparse.Namespace) -> Material
     if not args.standin:
         try:
             return real_material(round, args)
-        except FileNotFoundError as error:
+        except Missing as error:
             if args.real or args.base is not None:
                 raise
-            announce_standin(f"the real data or base cannot be had ({error}).")
+            reasons = [message.partition(";")[0] for message in error.messages]    # without what to do
+            announce_standin("\n    ".join(["the real data or base cannot be had:", *reasons]))
     else:
-        announce_standin("asked for with --standin.")
+        announce_standin("asked for with --standin")
     return standin_material(round, seed, args)
 
 

@@ -210,7 +210,7 @@ def test_records_are_objects(tmp_path, text, number):
 def test_malformed_record_is_named(tmp_path):
     """Catches: an error that gives the place in the shuffled order instead of the place in the file."""
     records = standin_records("hotpotqa", "train", 5, 0, 3)
-    records[3]["context"][0][1][1] = None
+    records[3]["context"][0] = ["Farm", ["x", None]]
     path = write_assets(tmp_path, records)
     with pytest.raises(ValueError, match="record 4: a sentence of .* 'Farm' is not a str") as caught:
         load_examples("hotpotqa", "train", assets=tmp_path, **HOTPOTQA_RULES | dict(n=5))
@@ -425,8 +425,9 @@ def test_standin_records_are_official_and_answerable(task, n_facts):
         for order in ORDERS:
             made = make_example(task, record, TOKENIZER, order=order, max_prompt=512, max_answer=8)
             prompt = TOKENIZER.decode(made.prompt)
-            asked = prompt.partition("?")[0].rpartition("The ")[2]
-            fact = f"{made.text}. {asked}\n" if task == "arc" else f" {asked} {made.text}"
+            asked = prompt.partition("Question:\n")[2].split("\n")[0]
+            fact = (f"\n{made.text}. {asked.removeprefix('Who is ').removesuffix('?')}\n" if task == "arc"
+                    else f"\n{asked} {made.text}\n")
             assert len(made.answer) == 1 and prompt.count(fact) == 1
             assert task == "hotpotqa" or len(made.choices) == n_facts
     assert make_example(task, record, TOKENIZER, order=order, max_prompt=512, max_answer=8).id == record.get(
@@ -436,8 +437,8 @@ def test_standin_records_are_official_and_answerable(task, n_facts):
 @pytest.mark.parametrize("task", ["arc", "hotpotqa"])
 def test_standin_splits_are_disjoint(task, monkeypatch):
     """Catches: validation questions that were trained on, in whatever order their facts stood."""
-    monkeypatch.setattr(data, "KEYS", data.KEYS[:5])
-    monkeypatch.setattr(data, "VALUES", data.VALUES[:2])
+    monkeypatch.setattr(data, "NAMES", data.NAMES[:5])
+    monkeypatch.setattr(data, "VERBS", data.VERBS[:2])
 
     def questions(split, seed):
         found = set()
@@ -447,7 +448,8 @@ def test_standin_splits_are_disjoint(task, monkeypatch):
                 options = frozenset((choice["label"], choice["text"]) for choice in question["choices"])
                 found.add((options, question["stem"]))
             else:
-                found.add((frozenset(record["context"][0][1]), record["question"]))
+                facts = frozenset(sentence for _, (sentence,) in record["context"])
+                found.add((facts, record["question"]))
         return found
 
     train, validation = questions("train", 0) | questions("train", 1), questions("validation", 0)
@@ -463,8 +465,9 @@ def test_standin_is_its_seeds():
 
 def test_standin_words_are_single_tokens():
     """Catches: a word that the vocabulary splits, which would give some facts more tokens than others."""
-    assert all(len(TOKENIZER.encode(" " + word)) == 1 for word in data.KEYS + data.VALUES)
-    assert len(set(data.KEYS)) == 32 and len(set(data.VALUES)) == 16
+    assert all(len(TOKENIZER.encode(" " + word)) == 1 for word in data.NAMES + data.VERBS)
+    assert all(len(TOKENIZER.encode(name)) == 1 for name in data.NAMES)
+    assert len(set(data.NAMES)) == 32 and len(set(data.VERBS)) == 16
 
 
 def test_standin_answers_are_balanced():

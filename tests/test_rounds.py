@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fs
 from model import Config
-from rounds import CHOICES, SETTINGS, Round, expand, load_rounds, with_settings
+from rounds import CHOICES, SETTINGS, Round, expand, load_rounds, miniature, with_settings
 
 ROUNDS = load_rounds()
 
@@ -76,7 +76,9 @@ def differences(one: str, two: str) -> set[str]:
 
 def test_every_round_of_the_log_is_there():
     """Catches a round that was forgotten or renamed, and a part of R9 listed as a round of its own."""
-    assert list(ROUNDS) == list(RECIPES) == list(LOGGED) == list(NAMES)
+    logged = [name for name in ROUNDS if name.startswith("R")]
+    assert logged == list(RECIPES) == list(LOGGED) == list(NAMES)
+    assert all((round.log is not None) == (name in logged) for name, round in ROUNDS.items())
     assert all(round.name == name for name, round in ROUNDS.items())
 
 
@@ -151,6 +153,45 @@ def test_expand():
         with pytest.raises(ValueError, match="no round is called") as caught:
             expand([name])
         assert "R8" in str(caught.value) and "defaults" not in str(caught.value).split(";")[1]
+
+
+def test_what_the_stand_in_changes():
+    """Catches a miniature that forgets the round's task, order or Future-Seed, or keeps a real length."""
+    kept = {"name", "title", "seeds", "task", "order", "data_seed", "validation_seed", "weight_decay",
+            "micro_batch_size", "min_prompt", "log", "facts_first"}
+    for round in ROUNDS.values():
+        small = miniature(round)
+        same = {name for name in (*SETTINGS, "name", "log") if getattr(round, name) == getattr(small, name)}
+        assert kept - {"min_prompt"} | {name for name in SETTINGS if name.startswith("fs_")} <= same
+        assert round.facts == 0 and small.facts == {"arc": 5, "hotpotqa": 10}[round.task]
+        assert small.max_prompt == 128 and small.min_prompt == 0 and small.base == "standin"
+        assert small.facts_hold + small.facts_ramp < small.steps    # the last steps are as hard as validation
+
+
+def test_what_the_new_rounds_change():
+    """Catches an S round that differs from the log's round in more than it says."""
+    assert differences("S1", "R6") == differences("S2", "R6") == {"fs_layer_start"}
+    for new, old in (("S4", "R8"), ("S5", "R9b"), ("S7", "R2")):
+        assert differences(new, old) == {"fs_layer_start"}
+    assert differences("S3", "S1") == {"fs_alpha", "fs_alpha_lr", "fs_detach"}
+    assert differences("S6", "S1") == {"order"}
+    starts = {name: round.fs_layer_start for name, round in ROUNDS.items() if name.startswith("S")}
+    assert starts == {"S1": 1, "S2": 3, "S3": 1, "S4": 1, "S5": 1, "S6": 1, "S7": 1}
+    assert ROUNDS["S3"].fs_settings()["train_alpha"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[standin]\nlr = 'x'", "must be of type float"), ("[standin]\nfacts = 1000", "24 or less"),
+    ("[standin]\nspeed = 1", "no setting is called 'speed'"), ("[standin.arc]\nn = 1", "no setting"),
+    ("standin = 1", "stands outside"),
+])
+def test_errors_of_the_stand_in(tmp_path, text, words):
+    """Catches a miniature with a setting that means nothing, or a value of the wrong type."""
+    (tmp_path / "rounds.toml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        miniature(ROUNDS["R2"], tmp_path / "rounds.toml")
+    with pytest.raises(ValueError, match="no round is called"):
+        expand(["standin"])
 
 
 # ---- --set -------------------------------------------------------------------------------------------------

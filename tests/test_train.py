@@ -89,8 +89,10 @@ def outcome(runs):
     for name in train.ARMS:
         folder = runs / "R2" / "seed5" / name
         weights = torch.load(folder / "model.pth", weights_only=True)
-        files[name] = (weights, (folder / "metrics.jsonl").read_text(),
-                       (folder / "records.jsonl").read_text())
+        texts = [(folder / f"{part}.jsonl").read_text() for part in ("metrics", "records")]
+        if name == "prompt_fs":
+            texts.append((folder / "seed_off.jsonl").read_text())
+        files[name] = (weights, *texts)
     return files
 
 
@@ -135,6 +137,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert [line["step"] for line in metrics if "loss" in line] == [0, 3, 6]
         assert [line["step"] for line in metrics if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
         assert len((folder / "records.jsonl").read_text().splitlines()) == 3 * 6
+        assert (folder / "seed_off.jsonl").exists() == (name == "prompt_fs")
 
 
 def test_the_summary_has_the_logs_name(finished):
@@ -158,7 +161,7 @@ def test_arms_differ_in_nothing_but_future_seed(assets, base, tmp_path):
 def test_future_seed_changes_something(finished):
     """The test above would pass if the seed were never used at all."""
     arms = outcome(finished)
-    assert arms["no_fs"][2] != arms["prompt_fs"][2]
+    assert arms["no_fs"][2] != arms["prompt_fs"][2] != arms["prompt_fs"][3]    # nor in the ablation
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, assets, base, moment, tmp_path,
@@ -204,7 +207,7 @@ def test_killed_between_two_files_it_ends_with_the_same_bits(finished, assets, b
     while (code := in_child(arguments(assets, base, runs))) == 9:
         pass
     assert code == 0
-    assert len(deaths.read_text().splitlines()) == 2 * (3 + 4) + 1    # and fs.pth
+    assert len(deaths.read_text().splitlines()) == 2 * (3 + 4) + 2    # and fs.pth, seed_off.jsonl
     assert_same(outcome(finished), outcome(runs))
 
 
@@ -274,7 +277,7 @@ def test_bad_settings_get_one_line(settings, words, assets, base, tmp_path, caps
 def test_unknown_round_and_missing_files_get_one_line(assets, tmp_path, capsys):
     common = ["--assets", str(assets), "--runs", str(tmp_path), "--offline", "--device", "cpu"]
     assert "R2, R3" in one_line_error(capsys, ["--round", "R99", *common])
-    assert "weights" in one_line_error(capsys, ["--round", "R2", *common, "--set", *SMALL])
+    assert "weights" in one_line_error(capsys, ["--round", "R2", "--real", *common, "--set", *SMALL])
     assert "nowhere.pth" in one_line_error(capsys, ["--round", "R2", "--base", "nowhere.pth", *common,
                                                     "--set", *SMALL])
     assert "init:L12-D64" in one_line_error(capsys, ["--round", "R2", "--base", "init:12", *common,
