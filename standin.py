@@ -118,6 +118,15 @@ def fresh_arm(round: Round, seed: int, attempt: int, tokenizer: SmallTokenizer) 
     return Arm(model, None)
 
 
+def passes(model: RWKV7, validation: list[Example], round: Round, name: str, step: int,
+           tokenizer: SmallTokenizer) -> bool:
+    records = score(model, validation, batch_size=256, device=model.head.weight.device, task=round.task,
+                    step=step, tokenizer=tokenizer)
+    accuracy = summarise(records)["accuracy"]
+    say(f"{name}: step {step}, accuracy {accuracy:.4f} on {len(records)} validation questions")
+    return accuracy >= PASSED
+
+
 def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device: torch.device) -> None:
     """Train the base of a task and seed and write it to `path`, going on where an earlier call was stopped.
 
@@ -165,17 +174,13 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
             say(f"{name}: step {pace.step}, {pace.facts} facts of {round.facts}, loss {pace.loss:.3f}, "
                 f"about {duration(left)} left")
             shown = time.monotonic()
-        if pace.facts < round.facts and pace.loss < EASY:
-            pace.facts += 1
-            pace.loss = 2 * EASY     # several more steps before the next fact
-        elif pace.facts == round.facts and pace.loss < KNOWN:
-            records = score(arm.model, validation, batch_size=256, device=device, task=task, step=pace.step,
-                            tokenizer=tokenizer)
-            accuracy = summarise(records)["accuracy"]
-            say(f"{name}: step {pace.step}, accuracy {accuracy:.4f} on {len(records)} validation questions")
-            if accuracy >= PASSED:
+        low_enough = EASY if pace.facts < round.facts else KNOWN
+        if pace.loss < low_enough:
+            if pace.facts < round.facts:
+                pace.facts += 1
+            elif passes(arm.model, validation, round, name, pace.step, tokenizer):
                 break
-            pace.loss = 2 * KNOWN
+            pace.loss = 2 * low_enough    # some more steps before the next change
         if pace.step == 2 * USUAL_STEPS[task]:
             pace = Pace(attempt=pace.attempt + 1)
             if pace.attempt == ATTEMPTS:

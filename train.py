@@ -264,19 +264,19 @@ It shows the method at work; its numbers say nothing about the real round, and a
 """)
 
 
-def find_material(round: Round, seed: int, args: argparse.Namespace) -> Material:
-    """The real material if it can be had and is not unwanted, else the stand-in's, after a notice."""
-    if not args.standin:
-        try:
-            return real_material(round, args)
-        except Missing as error:
-            if args.real or args.base is not None:
-                raise
-            reasons = [message.partition(";")[0] for message in error.messages]    # without what to do
-            announce_standin("\n    ".join(["the real data or base cannot be had:", *reasons]))
-    else:
+def find_real(round: Round, args: argparse.Namespace) -> Material | None:
+    """The real material, or None, after a notice, where it is unwanted or cannot be had."""
+    if args.standin:
         announce_standin("asked for with --standin")
-    return standin_material(round, seed, args)
+        return None
+    try:
+        return real_material(round, args)
+    except Missing as error:
+        if args.real or args.base is not None:
+            raise
+        reasons = [message.partition(";")[0] for message in error.messages]    # without what to do
+        announce_standin("\n    ".join(["the real data or base cannot be had:", *reasons]))
+        return None
 
 
 def show_answers(material: Material, folder: Path, n: int = 4) -> None:
@@ -291,9 +291,8 @@ def show_answers(material: Material, folder: Path, n: int = 4) -> None:
         print(f"    right is {example.text}; {given}")
 
 
-def run_seed(round: Round, seed: int, args: argparse.Namespace) -> None:
+def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
     """Both arms of one seed, or the one that --arm names, then the round's summary."""
-    material = find_material(round, seed, args)
     round = material.round
     folder = args.runs / round.name / f"seed{seed}"
     arms = [ArmRun(material, seed, arm, folder / arm, args)
@@ -340,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
     if processes > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if min(round.batch_size for round in rounds) >= processes:
+        if min((round.batch_size for round in rounds), default=0) >= processes:
             # to share batches
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         else:
@@ -349,8 +348,9 @@ def run(args: argparse.Namespace) -> None:
     if "standin" in args.round:
         make_standins(args)
     for round, round_seeds in zip(rounds, seeds):
+        real = find_real(round, args)    # once a round: no seed of it may get another answer
         for seed in round_seeds[share]:
-            run_seed(round, seed, args)
+            run_seed(real or standin_material(round, seed, args), seed, args)
 
 
 def main(argv: list[str] | None = None) -> int:
