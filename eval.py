@@ -136,7 +136,7 @@ def analyse(runs: Runs, round: Round) -> dict:
     changed = [f"{key}={settings.get(key)}" for key, value in recipe if settings.get(key) != value]
     log_seeds = len(round.log.d_acc) if round.log else len(x)
     result = {
-        "round": runs.name, "title": round.title, "task": round.task,
+        "round": runs.name, "title": round.title, "task": round.task, "order": round.order,
         "seeds": runs.seeds, "examples": len(runs.ids),
         "standin": made_up, "base": (runs.run.get("base") or {}).get("name"),
         "changed": changed, "unfinished": runs.unfinished,
@@ -255,21 +255,27 @@ def markdown_of(results: list[dict]) -> str:
 
 
 def markdown_of_standins(results: list[dict]) -> str:
+    """Every seed's accuracy; no_fs once for neighbours that share it."""
     seeds = sorted({line["seed"] for result in results for line in result["per_seed"]})
-    rows = [("on the STAND-IN", "arm", *(f"seed {seed}" for seed in seeds), "mean", "jumped")]
+    rows = [["on the STAND-IN: accuracy by seed", *map(str, seeds), "mean", "jumped",
+             "d_acc [95%], p over seeds"]]
     rows.append(["---"] * len(rows[0]))
+
+    def add(title, values, jumped="", difference=""):
+        shown = [f"{values[seed]:.2f}" if seed in values else "" for seed in seeds]
+        mean = f"{np.mean([*values.values()]):.3f}" if values else ""
+        row = [title, *shown, mean, jumped and f"{jumped} of {len(values)}", difference]
+        if row not in rows:
+            rows.append(row)
+
     for result in results:
-        over = result["over_seeds"]["acc"]
-        by_arm = {arm: {line["seed"]: line["acc"][arm] for line in result["per_seed"]} for arm in ARMS}
-        by_arm["seed off"] = result["seed_off"]
-        titles = ["<br>".join([f"{result['round']}: {result['title']}", *result["labels"][1:]]),
-                  f"d_acc {over['mean']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}], {over['signs']}, "
-                  f"p {over['p_seeds']:.3f}: {result['verdict']}", ""]
-        for title, (arm, values) in zip(titles, by_arm.items()):
-            shown = [f"{values[seed]:.2f}" if seed in values else "" for seed in seeds]
-            mean = f"{np.mean([*values.values()]):.3f}" if values else ""
-            jumped = f"{result['jumped'][arm]} of {len(values)}" if arm in ARMS else ""
-            rows.append((title, arm, *shown, mean, jumped))
+        over, jumped = result["over_seeds"]["acc"], result["jumped"]
+        without, with_fs = ({line["seed"]: line["acc"][arm] for line in result["per_seed"]} for arm in ARMS)
+        add(f"no_fs, {result['task']}, {result['order']}", without, str(jumped["no_fs"]))
+        difference = f"{over['mean']:+.3f} {interval(over)}, {over['p_seeds']:.3f}: {result['verdict']}"
+        title = "<br>".join([f"{result['round']}: {result['title']}", *result["labels"][1:]])
+        add(title, with_fs, str(jumped["prompt_fs"]), difference)
+        add(f"{result['round']}, its seed switched off", result["seed_off"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
