@@ -37,12 +37,11 @@ def draw_study(results: list[dict]):
                     fontsize=8)
     left.invert_yaxis()
     left.set_xlim(0, 1.02)
-    left.set_xlabel("accuracy, a mark a seed")
+    left.set_xlabel("accuracy on the built-in STAND-IN, a mark a seed")
     right.set_xlabel("d_acc, mean over seeds, 95% interval")
     left.grid(axis="y", linewidth=0.3)
     right.grid(axis="y", linewidth=0.3)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    figure.suptitle("on the built-in STAND-IN, not the log's data", fontsize=9, y=0)
     return figure
 
 
