@@ -36,7 +36,7 @@ from data import batches, collate, fingerprint
 from files import atomic_write, save_tensors
 from fs import FutureSeed, prefill
 from model import RWKV7
-from rounds import Round
+from rounds import Round, without_fs
 from score import score, summarise
 
 SECONDS_BETWEEN_CHECKPOINTS = 300
@@ -169,10 +169,13 @@ def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, round.beta2), fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, round: Round, step: int) -> None:
-    """For the step after `step` steps: a linear rise over warm_up steps, then constant."""
+def update(arm: Arm, optimizer: torch.optim.Optimizer, round: Round, step: int) -> None:
+    """The optimiser's step after `step` others: the gradient clipped, the learning rate risen over warm_up."""
+    if round.grad_clip:
+        nn.utils.clip_grad_norm_(arm.parameters(), round.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = group["full_lr"] * min(1.0, (step + 1) / max(1, round.warm_up))
+    optimizer.step()
 
 
 @dataclass
@@ -187,7 +190,7 @@ class Progress:
 
 
 class ArmRun:
-    """One arm of one seed of a round, from its folder to its folder."""
+    """One arm of one seed of a round, from its folder to its folder; `material` is a train.Material."""
 
     def __init__(self, material, seed: int, arm_name: str, folder: Path, args):
         self.round = round = material.round
@@ -239,9 +242,10 @@ class ArmRun:
 
     def recipe(self, identity: dict) -> dict:
         """All of an arm's identity but the round's name and, without it, its Future-Seed."""
-        settings = {key: value for key, value in identity["settings"].items()
-                    if key != "name" and (self.identity["arm"] == "prompt_fs" or not key.startswith("fs_"))}
-        return {**identity, "round": None, "settings": settings}
+        settings = identity["settings"]
+        if self.identity["arm"] == "no_fs":
+            settings = without_fs(settings)
+        return {**identity, "round": None, "settings": {**settings, "name": None}}
 
     def copy_twin(self, runs: Path) -> bool:
         """Take over a finished arm of another round that is the same run, bit for bit, instead of training.
@@ -343,10 +347,7 @@ class ArmRun:
                 loss = trainer(*tensors)
             (loss.sum() * weight).backward()
             losses.append(loss.detach())
-        if self.round.grad_clip:
-            nn.utils.clip_grad_norm_(self.arm.parameters(), self.round.grad_clip)
-        set_learning_rate(self.optimizer, self.round, self.progress.step)
-        self.optimizer.step()
+        update(self.arm, self.optimizer, self.round, self.progress.step)
         self.progress.step += 1
         self.progress.tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
         self.pending.append(

@@ -10,7 +10,7 @@ from fs import FutureSeed, prefill
 from model import RWKV7
 from rounds import Round
 from score import generate, text_of
-from standin import SmallTokenizer
+from standin import small_tokenizer
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
 
@@ -48,9 +48,10 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
         raise ValueError("--max-new must be 1 or more, --temperature 0 or more, --top-p above 0 and up to 1")
     prompt = text if text.rstrip().endswith("Answer:") else f"Question:\n{text.strip()}\n\nAnswer:"
     model = RWKV7.load(checkpoint)
-    tokenizer = SmallTokenizer()
-    if model.config.vocab_size != len(tokenizer.tokens):
-        tokenizer = Tokenizer()
+    tokenizer = Tokenizer()
+    if model.config.vocab_size < len(tokenizer.tokens):    # not an official one: the stand-in's?
+        small = small_tokenizer()
+        tokenizer = small if model.config.vocab_size == len(small.tokens) else tokenizer
     fs = trained_seed(Path(checkpoint), model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rounds import without_fs
+
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")
 FIELDS = itemgetter("step", "id", "correct", "tokens", "loss", "exact", "f1")
@@ -150,7 +152,7 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
     seeds = seeds_on_disk(name, runs_dir) if seeds is None else seeds
     if not seeds:
         raise FileNotFoundError(f"{folder}: no runs; run python train.py --round {name}, or name --runs DIR")
-    tables, unfinished, seed_off, first, without_fs = {}, [], {}, None, {}
+    tables, unfinished, seed_off, first, no_fs = {}, [], {}, None, {}
     for place in [folder / f"seed{seed}" / arm for seed in seeds for arm in ARMS]:
         run = read_run(place)
         ids, steps, scores = read_records(place / "records.jsonl")
@@ -159,14 +161,14 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
         other, unlike = first, difference(same_everywhere(first_run), same_everywhere(run))
         if unlike is None and run["arm"] == ARMS[1]:
             other = place.with_name(ARMS[0])
-            unlike = difference({key: without_fs.get(key) for key in SAME_EVERYWHERE},
+            unlike = difference({key: no_fs.get(key) for key in SAME_EVERYWHERE},
                                 {key: run.get(key) for key in SAME_EVERYWHERE})
         if unlike is None and ids != first_ids:
             other, unlike = first, "they were scored on different examples"
         if unlike:
             raise ValueError(f"{other} and {place} cannot be compared: {unlike}; run both alike, or keep "
                              "them apart with --runs DIR")
-        without_fs = run
+        no_fs = run
         if run["status"] != "done":
             unfinished.append(f"seed {run['seed']} {run['arm']} (at step {steps[-1]})")
         tables[run["seed"], run["arm"]] = steps, scores
@@ -185,12 +187,9 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
 
 def check_comparable(a: Runs, b: Runs) -> None:
     """Raises ValueError where more than Future-Seed sets two rounds apart."""
-    def without_fs(run):
-        settings = {name: value for name, value in run["settings"].items()
-                    if name != "name" and name[:3] != "fs_"}
-        return same_everywhere(run) | {"settings": settings}
-
-    reason = difference(without_fs(a.run), without_fs(b.run))
+    first, second = (same_everywhere(runs.run) | {"settings": without_fs(runs.run["settings"])}
+                     for runs in (a, b))
+    reason = difference(first, second)
     if reason is None and a.ids != b.ids:
         reason = "they were scored on different examples"
     if reason is None and not {*a.seeds} & {*b.seeds}:

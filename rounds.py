@@ -109,6 +109,11 @@ class Round:
         return {name: getattr(self, f"fs_{name}") for name in names} | {"train_alpha": self.fs_alpha_lr > 0}
 
 
+def without_fs(settings: dict) -> dict:
+    """What a round's settings are to an arm without Future-Seed, whatever the round is called."""
+    return {key: value for key, value in settings.items() if key != "name" and not key.startswith("fs_")}
+
+
 SETTINGS = {
     field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")
 }

@@ -12,6 +12,7 @@ a hundred of 65536, in their order, from 1 on.
 Shapes: B batch rows, T prompt tokens, A answer tokens.
 """
 
+import functools
 import random
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from arm import Arm, Stopped, catch_signals, duration, make_optimizer, say, set_learning_rate, stop_requested
+from arm import Arm, Stopped, catch_signals, duration, make_optimizer, say, stop_requested, update
 from data import (LABELS, NAMES, VERBS, Example, collate, make_example, read_arc, read_hotpotqa,
                   standin_records)
 from files import save_tensors
@@ -62,6 +63,9 @@ class SmallTokenizer(Tokenizer):
         except KeyError:
             raise ValueError(f"{text!r}: the stand-in knows only names ({NAMES[0]}, {NAMES[1]}, …), verbs "
                              f"({VERBS[0]}, {VERBS[1]}, …) and the words around them") from None
+
+
+small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
@@ -164,9 +168,7 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
         loss = arm(*(tensor.to(device) for tensor in collate(batch))).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(arm.parameters(), round.grad_clip)
-        set_learning_rate(optimizer, round, pace.step)
-        optimizer.step()
+        update(arm, optimizer, round, pace.step)
         pace.step += 1
         pace.loss = 0.8 * pace.loss + 0.2 * loss.item()
         if time.monotonic() - shown > 2:

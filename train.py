@@ -28,11 +28,12 @@ from data import Example, load_examples
 from download import download
 from eval import report, write_summary
 from model import RWKV7, Config
+from records import ARMS
 from rounds import Round, expand, load_rounds, miniature, with_settings
-from standin import QUESTION_FIRST, SmallTokenizer, pretrain, training_examples, validation_examples
+from standin import (QUESTION_FIRST, SmallTokenizer, pretrain, small_tokenizer, training_examples,
+                     validation_examples)
 from tokenizer import Tokenizer
 
-ARMS = ("no_fs", "prompt_fs")
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 EXAMPLES = """examples:
   python train.py --list                  the rounds, their recipes, the log's numbers, what is on disk
@@ -231,7 +232,7 @@ def standin_material(round: Round, seed: int, args: argparse.Namespace) -> Mater
     round = with_settings(miniature(round), args.settings)
     if not round.facts:
         raise ValueError("--set facts=0: the stand-in's questions need 2 facts or more; use --real")
-    tokenizer = SmallTokenizer()
+    tokenizer = small_tokenizer()
     path = standin_base(round.task, seed, args, tokenizer)
     base = Base(path, RWKV7.load(path).config, {"name": "stand-in", "sha256": sha256_of(path)})
     examples = training_examples(round, seed, tokenizer), validation_examples(round, tokenizer)
@@ -320,7 +321,7 @@ def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
 
 def make_standins(args: argparse.Namespace) -> None:
     """--round standin: train the bases of the stand-in, each once."""
-    tokenizer = SmallTokenizer()
+    tokenizer = small_tokenizer()
     for task, name in QUESTION_FIRST.items():
         for seed in chosen_seeds(args, load_rounds()[name]):
             say(f"{standin_base(task, seed, args, tokenizer)} is there")

@@ -80,6 +80,11 @@ class KernelOnCPU:
         if failed:
             raise RuntimeError(f"{kernel} did not finish")
 
+    def launch_rows(self, kernel, r, split, *arguments):
+        """One of the kernels that carry the state, its rows over `split` blocks."""
+        B, T, H, N = r.shape
+        self.launch(kernel, (H, B, split), 32 * (5 + N // 16 // split), self.shared[0], T, H, *arguments)
+
     def inputs(self, r, log_w, k, v, a, b):
         return [
             x.to(torch.float32 if x is log_w else self.dtype).contiguous() for x in (r, log_w, k, v, a, b)
@@ -102,19 +107,7 @@ class KernelOnCPU:
         y = self.empty(B, T, H, N, dtype=self.dtype)
         sT = self.empty(B, H, N, N)
         kept = self.empty(B, H, -(-T // CHUNK), N, N, dtype=torch.bfloat16) if keep else None
-        self.launch(
-            "wkv_forward",
-            (H, B, split),
-            32 * (5 + N // 16 // split),
-            self.shared[0],
-            T,
-            H,
-            *x,
-            s0,
-            y,
-            sT,
-            kept,
-        )
+        self.launch_rows("wkv_forward", r, split, *x, s0, y, sT, kept)
         return y, sT, kept
 
     def backward(self, r, log_w, k, v, a, b, kept, dy, dsT=None, segment=None, split=1):
@@ -129,36 +122,8 @@ class KernelOnCPU:
         carry = self.empty(B, H, segments, N, N) if segments > 1 else None
         if carry is not None:
             r_, log_w_, _, _, a_, b_ = x
-            self.launch(
-                "wkv_backward_chain",
-                (H, B, split),
-                32 * (5 + N // 16 // split),
-                self.shared[0],
-                T,
-                H,
-                segment,
-                r_,
-                log_w_,
-                a_,
-                b_,
-                dy,
-                dsT,
-                carry,
-            )
-        self.launch(
-            "wkv_backward",
-            (H, B, segments),
-            2 * N,
-            self.shared[1],
-            T,
-            H,
-            segment,
-            *x,
-            kept,
-            dy,
-            dsT,
-            carry,
-            *gradients,
-            ds0,
-        )
-        return (*gradients, ds0)
+            self.launch_rows("wkv_backward_chain", r, split, segment, r_, log_w_, a_, b_, dy, dsT, carry)
+        outputs = (*gradients, ds0)
+        self.launch("wkv_backward", (H, B, segments), 2 * N, self.shared[1],
+                    T, H, segment, *x, kept, dy, dsT, carry, *outputs)
+        return outputs

@@ -21,7 +21,7 @@ from model import RWKV7
 from rounds import load_rounds, miniature
 
 ROUNDS = load_rounds()
-SMALL = standin.SmallTokenizer()
+SMALL = standin.small_tokenizer()
 QUICK = ["steps=4", "n_val=8", "batch_size=4", "eval_every=2"]
 
 
@@ -31,7 +31,6 @@ def quick(monkeypatch):
     for name, value in dict(LAYERS=2, CHANNELS=16, FFN=16, EASY=1e9, KNOWN=1e9, PASSED=0.0,
                             QUESTIONS=16).items():
         monkeypatch.setattr(standin, name, value)
-    monkeypatch.setattr(train, "SmallTokenizer", lambda: SMALL)    # read once, not for every run
     monkeypatch.setattr(arm, "stop_requested", [])
     monkeypatch.setattr(standin, "stop_requested", arm.stop_requested)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -124,15 +123,15 @@ def test_a_stopped_base_goes_on_with_the_same_bits(quick, tmp_path, monkeypatch)
     """Catches work that a stop loses, and state that it forgets."""
     whole, stopped = tmp_path / "whole.pth", tmp_path / "stopped.pth"
     standin.pretrain("arc", 1, whole, SMALL, torch.device("cpu"))
-    set_learning_rate, calls = standin.set_learning_rate, []
+    update, calls = standin.update, []
 
     def stop_after_two(*arguments):
         calls.append(1)
         if len(calls) == 2:
             arm.stop_requested.append(signal.SIGTERM)
-        set_learning_rate(*arguments)
+        update(*arguments)
 
-    monkeypatch.setattr(standin, "set_learning_rate", stop_after_two)
+    monkeypatch.setattr(standin, "update", stop_after_two)
     with pytest.raises(arm.Stopped, match="stopped after step 2"):
         standin.pretrain("arc", 1, stopped, SMALL, torch.device("cpu"))
     assert not stopped.exists()
