@@ -38,7 +38,8 @@ from stats import (EFFECT, JUMP, RULE, bootstrap_interval, needed, noise_floor, 
 
 # same data and order, another Future-Seed
 COMPARED = (("R2", "R9a"), ("R2", "S7"), ("R6", "R8"), ("R6", "R9b"), ("R6", "R10"), ("R6", "S1"),
-            ("R6", "S2"), ("S1", "S3"), ("R8", "S4"), ("R9b", "S5"), ("R7", "S6"))
+            ("R6", "S2"), ("S1", "S3"), ("R8", "S4"), ("R9b", "S5"), ("R7", "S6"), ("S7", "S8"), ("S6", "S9"),
+            ("S1", "S10"), ("S1", "S11"), ("S10", "S3"), ("S11", "S3"))
 LOG_BATCHES = 16    # of validation answers in one evaluation of the log
 EXAMPLES = f"""examples:
   python eval.py R8                         one round, every seed found in runs/

@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--round", nargs="+", default=[], metavar="R",
-                        help="R2 to R10 (R9 is R9a and R9b), S1 to S7; standin trains the stand-in's bases")
+                        help="R2 to R10 (R9 is R9a and R9b), S1 to S11; standin trains the stand-in's bases")
     parser.add_argument("--list", action="store_true", help="show the rounds and what is on disk, and stop")
     parser.add_argument("--seed", type=int, help="draws the batches; default: the log's seeds of the round")
     parser.add_argument("--seeds", metavar="0-9", help="several seeds, as 0-9 or 0,3,5")

@@ -173,11 +173,14 @@ def test_what_the_new_rounds_change():
     assert differences("S1", "R6") == differences("S2", "R6") == {"fs_layer_start"}
     for new, old in (("S4", "R8"), ("S5", "R9b"), ("S7", "R2")):
         assert differences(new, old) == {"fs_layer_start"}
-    assert differences("S3", "S1") == {"fs_alpha", "fs_alpha_lr", "fs_detach"}
-    assert differences("S6", "S1") == {"order"}
+    assert differences("S3", "S1") == differences("S8", "S7") == {"fs_alpha", "fs_alpha_lr", "fs_detach"}
+    assert differences("S3", "S10") == differences("S11", "S1") == {"fs_alpha", "fs_alpha_lr"}
+    assert differences("S3", "S11") == differences("S10", "S1") == {"fs_detach"}
+    assert differences("S6", "S1") == differences("S9", "S3") == {"order"}
     starts = {name: round.fs_layer_start for name, round in ROUNDS.items() if name.startswith("S")}
-    assert starts == {"S1": 1, "S2": 3, "S3": 1, "S4": 1, "S5": 1, "S6": 1, "S7": 1}
-    assert ROUNDS["S3"].fs_settings()["train_alpha"]
+    assert starts == {f"S{number}": 3 if number == 2 else 1 for number in range(1, 12)}
+    trained = {name for name, round in ROUNDS.items() if round.fs_settings()["train_alpha"]}
+    assert trained == {"S3", "S8", "S9", "S11"}
 
 
 @pytest.mark.parametrize("text, words", [
