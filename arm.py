@@ -342,9 +342,8 @@ class ArmRun:
         for i, piece in enumerate(pieces):
             if world_size() > 1:
                 trainer.require_backward_grad_sync = i == len(pieces) - 1    # as no_sync() does: once a step
-            tensors = [t.to(self.device, non_blocking=True) for t in collate(piece)]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = trainer(*tensors)
+                loss = trainer(*collate(piece, self.device))
             (loss.sum() * weight).backward()
             losses.append(loss.detach())
         update(self.arm, self.optimizer, self.round, self.progress.step)
@@ -353,9 +352,11 @@ class ArmRun:
         self.pending.append(
             (self.progress.step, torch.cat(losses)[:len(share)], [example.id for example in share]),
         )
+        show = agreed(time.monotonic() - self.last_line) > SECONDS_BETWEEN_LINES
+        if show:
+            self.read_losses()    # a GPU may be steps behind: its time counts too
         self.progress.seconds += time.monotonic() - started
-        if agreed(time.monotonic() - self.last_line) > SECONDS_BETWEEN_LINES:
-            self.read_losses()
+        if show:
             self.print_progress()
 
     def read_losses(self) -> None:

@@ -411,9 +411,14 @@ def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[
     """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
     longest = max(len(row) for row in rows)
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
-    return padded.to(device), torch.tensor([len(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows])
+    if torch.device(device).type == "cuda":
+        # from pinned memory the copies queue up behind the work before them, and nobody waits
+        padded, lengths = padded.pin_memory(), lengths.pin_memory()
+    return padded.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
 
 
-def collate(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu"):
     """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
-    return (*pad([example.prompt for example in examples]), *pad([example.answer for example in examples]))
+    prompts, answers = [example.prompt for example in examples], [example.answer for example in examples]
+    return (*pad(prompts, device), *pad(answers, device))

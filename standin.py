@@ -165,7 +165,7 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
                           max(stop_requested))
         draw = f"base {seed} {pace.attempt} {pace.step}"
         batch = make_examples(round, "train", round.batch_size, draw, pace.facts, round.order, tokenizer)
-        loss = arm(*(tensor.to(device) for tensor in collate(batch))).mean()
+        loss = arm(*collate(batch, device)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         update(arm, optimizer, round, pace.step)
