@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from data import batches, collate, fingerprint
 from files import atomic_write, save_tensors
-from fs import FutureSeed, prefill
+from fs import FutureSeed
 from model import RWKV7
 from rounds import Round, without_fs
 from score import score, summarise
@@ -132,12 +132,11 @@ class Arm(nn.Module):
         Returns: (B,) fp32, negative log likelihoods in nats. Only answer positions get logits: (B, A, V), not
         (B, T, V), which would be a gigabyte at T = 4096.
         """
-        hidden, state = prefill(self.model, prompt, prompt_lengths, self.fs)
+        given = (answer[:, :-1], answer_lengths - 1) if answer.shape[1] > 1 else None
+        hidden, _ = self.model(prompt, lengths=prompt_lengths, seed=self.fs, answer=given)
         rows = torch.arange(len(prompt), device=prompt.device)
-        before_answer = hidden[rows, prompt_lengths - 1].unsqueeze(1)    # (B, 1, C), predicts the first token
-        if answer.shape[1] > 1:
-            hidden, _ = self.model(answer[:, :-1], state=state, lengths=answer_lengths - 1)
-            before_answer = torch.cat([before_answer, hidden], dim=1)    # (B, A, C)
+        before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
+        before_answer = torch.cat([before_first, hidden[:, prompt.shape[1]:]], dim=1)    # (B, A, C)
         logits = self.model.head(before_answer)                          # (B, A, V)
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), answer.flatten(), reduction="none",
@@ -170,7 +169,7 @@ def make_optimizer(arm: Arm, round: Round) -> torch.optim.AdamW:
 
 
 def update(arm: Arm, optimizer: torch.optim.Optimizer, round: Round, step: int) -> None:
-    """The optimiser's step after `step` others: the gradient clipped, the learning rate risen over warm_up."""
+    """The optimiser's step after `step` others: gradients clipped, the learning rate risen over warm_up."""
     if round.grad_clip:
         nn.utils.clip_grad_norm_(arm.parameters(), round.grad_clip)
     for group in optimizer.param_groups:

@@ -11,7 +11,8 @@ reads left to right. Parameters carry the official names, so a state_dict is an 
 This file knows nothing of Future-Seed but a hook: `seed(layer, below, x_last)` may choose where a layer's
 state starts.
 
-Shapes: B batch rows, T tokens, C channels (n_embd), H heads, N head size (C = H N), L layers, V vocabulary.
+Shapes: B batch rows, T tokens (A more where answers follow), C channels (n_embd), H heads, N head size
+(C = H N), L layers, V vocabulary.
 """
 
 import math
@@ -90,22 +91,39 @@ class LayerState(NamedTuple):
     channel_shift: torch.Tensor    # (B, C), the channel mix's input at the last token
 
 
+class Layout(NamedTuple):
+    """What the columns of a batch are: in each row tokens, then padding, perhaps an answer, and padding."""
+
+    lengths: torch.Tensor | None    # (B,), of the tokens before the answer; None: all columns
+    padding: torch.Tensor | None    # (B, columns, 1), True where there is no token; None: nowhere
+    answer: int                     # A, the columns at the right that belong to answers
+
+
 def is_plain(value) -> bool:
     """Whether a value from a file is a tensor that can be a parameter."""
     is_tensor = isinstance(value, torch.Tensor)
     return is_tensor and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
 
 
-def token_shift(x: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor | None):
+def beyond(columns: int, lengths: torch.Tensor) -> torch.Tensor:
+    """True behind each row's own tokens, (B, columns, 1)."""
+    return torch.arange(columns, device=lengths.device).view(columns, 1) >= lengths.view(-1, 1, 1)
+
+
+def token_shift(x: torch.Tensor, before: torch.Tensor, layout: Layout):
     """Each token's predecessor minus the token, and what the next segment's first token will look back on.
 
-    Args: x (B, T, C); before (B, C), the token before the first; lengths (B,) or None for T everywhere.
-    Returns: difference (B, T, C); last (B, C), `before` itself where a row is empty.
+    Args: x (B, T, C); before (B, C), the token before the first.
+    Returns: difference (B, T, C); last (B, C), before any answer, `before` itself where a row is empty.
     """
     extended = torch.cat([before.unsqueeze(1), x], dim=1)     # (B, T + 1, C)
-    if lengths is None:
-        return extended[:, :-1] - x, extended[:, -1]
-    return extended[:, :-1] - x, extended[torch.arange(len(x), device=x.device), lengths]
+    answer = x.shape[1] - layout.answer                       # its first column
+    if layout.lengths is None:
+        return extended[:, :-1] - x, extended[:, answer]
+    last = extended[torch.arange(len(x), device=x.device), layout.lengths]
+    if layout.answer:
+        extended[:, answer] = last    # in the place of padding
+    return extended[:, :-1] - x, last
 
 
 class TimeMix(nn.Module):
@@ -150,13 +168,13 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C, bias=False)
         self.ln_x = nn.GroupNorm(H, C, eps=HEAD_NORM_EPS)
 
-    def forward(self, x, v_first, before, state, padding, lengths):
-        """x, v_first (B, T, C), before (B, C), state (B, H, N, N), padding (B, T, 1) or None
-        -> output, v_first (B, T, C), last input (B, C), terminal state (B, H, N, N)."""
+    def forward(self, x, v_first, before, state, layout: Layout):
+        """x, v_first (B, T, C), before (B, C), state (B, H, N, N)
+        -> output, v_first (B, T, C), last input (B, C) and state (B, H, N, N) before any answer."""
         B, T, C = x.shape
         H, N = self.r_k.shape
 
-        difference, last = token_shift(x, before, lengths)
+        difference, last = token_shift(x, before, layout)
         xr = torch.addcmul(x, difference, self.x_r)
         xw = torch.addcmul(x, difference, self.x_w)
         xk = torch.addcmul(x, difference, self.x_k)
@@ -178,11 +196,11 @@ class TimeMix(nn.Module):
 
         removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1, eps=1e-12)
         k = k * (1 + (learning_rate - 1) * self.k_a)
-        if padding is not None:
+        if layout.padding is not None:
             # decay 1, nothing removed, nothing written: the state passes a padding position untouched
-            log_w = log_w.masked_fill(padding, 0)
-            k = k.masked_fill(padding, 0)
-            removal_key = removal_key.masked_fill(padding.unsqueeze(-1), 0)
+            log_w = log_w.masked_fill(layout.padding, 0)
+            k = k.masked_fill(layout.padding, 0)
+            removal_key = removal_key.masked_fill(layout.padding.unsqueeze(-1), 0)
 
         def heads(z):
             return z.to(r.dtype).view(B, T, H, N)
@@ -190,7 +208,15 @@ class TimeMix(nn.Module):
         r, k, v_heads = heads(r), heads(k), heads(v)
         a = heads(-removal_key)
         b = heads(removal_key * learning_rate.view(B, T, H, N))
-        y, state = wkv(r, log_w.view(B, T, H, N), k, v_heads, a, b, state)
+        inputs = r, log_w.view(B, T, H, N), k, v_heads, a, b
+        if layout.answer:
+            # the answers read on from the state, and leave it as it is
+            columns = [T - layout.answer, layout.answer]
+            inputs, answers = zip(*(z.split(columns, dim=1) for z in inputs))
+            y, state = wkv(*inputs, state)
+            y = torch.cat([y, wkv(*answers, state)[0]], dim=1)
+        else:
+            y, state = wkv(*inputs, state)
 
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_heads    # (B, T, H, N)
@@ -206,9 +232,9 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_ffn, bias=False)
         self.value = nn.Linear(config.n_ffn, config.n_embd, bias=False)
 
-    def forward(self, x, before, lengths):
-        """x (B, T, C), before (B, C) -> output (B, T, C), last input (B, C)."""
-        difference, last = token_shift(x, before, lengths)
+    def forward(self, x, before, layout: Layout):
+        """x (B, T, C), before (B, C) -> output (B, T, C), last input (B, C) before any answer."""
+        difference, last = token_shift(x, before, layout)
         k = self.key(torch.addcmul(x, difference, self.x_k))
         return self.value(torch.relu(k).square()), last
 
@@ -223,11 +249,11 @@ class Block(nn.Module):
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, v_first, state: LayerState, padding, lengths):
+    def forward(self, x, v_first, state: LayerState, layout: Layout):
         mixed, v_first, time_shift, wkv_state = self.att(self.ln1(x), v_first, state.time_shift, state.wkv,
-                                                         padding, lengths)
+                                                         layout)
         x = x + mixed
-        mixed, channel_shift = self.ffn(self.ln2(x), state.channel_shift, lengths)
+        mixed, channel_shift = self.ffn(self.ln2(x), state.channel_shift, layout)
         return x + mixed, v_first, LayerState(time_shift, wkv_state, channel_shift)
 
 
@@ -251,7 +277,7 @@ class RWKV7(nn.Module):
         matrix = like.new_zeros(batch, config.n_head, config.head_size, config.head_size, dtype=torch.float32)
         return [LayerState(shift, matrix, shift)] * config.n_layer
 
-    def forward(self, tokens, state=None, lengths=None, seed: SeedHook | None = None):
+    def forward(self, tokens, state=None, lengths=None, seed: SeedHook | None = None, answer=None):
         """Read T more tokens of each row.
 
         Args:
@@ -260,20 +286,28 @@ class RWKV7(nn.Module):
             lengths: (B,) int64, each row's own tokens, 0 to T (at least 1 with `seed`), or None for T
                 everywhere. Results and states are as if the row stood alone; padding has no meaning.
             seed: see SeedHook; asked for every layer from 1 on. Its answer replaces the layer's wkv.
+            answer: (tokens (B, A) int64, lengths (B,)) that follow each row's own tokens, to be read in the
+                same pass, as a second call would from the returned state; or None. With `lengths` only.
 
-        Returns: hidden (B, T, C) after `ln_out`; state, a list of LayerState, after each row's last token.
+        Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C); state, a list of LayerState, after each
+            row's last token and before its answer, of which neither it nor a seed knows anything.
         Raises: ValueError if tokens is not (B, T) with T > 0.
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with at least one token, not {tuple(tokens.shape)}")
         B, T = tokens.shape
+        rows = torch.arange(B, device=tokens.device)
         if state is None:
             state = self.empty_state(B)
-        padding = None
-        if lengths is not None:
-            padding = torch.arange(T, device=tokens.device).view(T, 1) >= lengths.view(B, 1, 1)    # (B, T, 1)
-        last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-        rows = torch.arange(B, device=tokens.device)
+        if lengths is None:
+            layout, last = Layout(None, None, answer=0), torch.full_like(rows, T - 1)
+        else:
+            layout, last = Layout(lengths, beyond(T, lengths), answer=0), lengths - 1
+        if answer is not None:
+            answer_tokens, answer_lengths = answer
+            padding = torch.cat([layout.padding, beyond(answer_tokens.shape[1], answer_lengths)], dim=1)
+            tokens = torch.cat([tokens, answer_tokens], dim=1)
+            layout = Layout(lengths, padding, answer_tokens.shape[1])
 
         x = self.blocks[0].ln0(self.emb(tokens))
         v_first = None
@@ -284,7 +318,7 @@ class RWKV7(nn.Module):
                 seeded = seed(layer, new_state[-1].wkv, x[rows, last])
                 if seeded is not None:
                     before = before._replace(wkv=seeded)
-            inputs = x, v_first, before, padding, lengths
+            inputs = x, v_first, before, layout
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, v_first, after = checkpoint(block, *inputs, use_reentrant=False)
             else:

@@ -15,6 +15,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import eval as ruler
+from arm import Arm
+from conftest import relative_error
+from data import collate
 from eval import analyse, compare, main, report, write_summary
 from fs import FutureSeed, prefill
 from model import RWKV7, Config
@@ -141,6 +144,21 @@ def test_records_depend_on_nothing_but_their_example(model, fs, batch_size, orde
     alone = [scored(model, [example], seed)[0] for example in examples]
     together = scored(model, [examples[place] for place in order], seed, batch_size)
     assert_same(together, [alone[place] for place in order])
+
+
+@pytest.mark.parametrize("with_fs", [False, True])
+def test_the_training_loss_is_the_one_that_is_scored(model, fs, with_fs):
+    """Catches a loss at the wrong tokens, or of padding: prompts and answers are read in one pass there."""
+    seed = fs if with_fs else None
+    examples = make_examples(9)
+    assert len({len(example.answer) for example in examples}) > 2
+    losses = Arm(model, seed)(*collate(examples))
+    for loss, example in zip(losses, examples, strict=True):
+        assert abs(loss.item() - by_the_book(model, example, seed)[0]) <= 1e-5
+    gradient, = torch.autograd.grad(losses.sum(), model.emb.weight)
+    one_by_one = [Arm(model, seed)(*collate([example])).sum() for example in examples]
+    expected, = torch.autograd.grad(sum(one_by_one), model.emb.weight)
+    assert relative_error(gradient, expected) <= 1e-5
 
 
 def test_future_seed_changes_the_scores(model, fs):

@@ -327,6 +327,52 @@ def test_prompt_then_answer_is_one_pass_in_a_padded_batch():
         assert_close(hidden[row, : len(answer)], whole[0, len(prompt) :], 1e-10)
 
 
+@FEW
+@given(seed=st.integers(0, 999), T=st.integers(1, 40), A=st.integers(1, 20), data=st.data())
+def test_answers_in_the_same_pass_are_a_second_call(seed, T, A, data):
+    """Catches an answer that is read from anything but its own prompt's end, or without its gradient."""
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, T), min_size=1, max_size=3)))
+    B = len(lengths)
+    answer_lengths = torch.tensor(data.draw(st.lists(st.integers(0, A), min_size=B, max_size=B)))
+    model, tokens, answers = random_model(seed % 5), random_tokens(seed, B, T), random_tokens(seed + 1, B, A)
+    start = model(random_tokens(seed + 2, B, 3))[1] if data.draw(st.booleans()) else None
+
+    def hook(layer, below, x_last):
+        return 0.5 * below * x_last.sum().tanh()
+
+    hook = hook if data.draw(st.booleans()) else None
+    prompt, state = model(tokens, start, lengths, seed=hook)
+    after, _ = model(answers, state, answer_lengths)
+    expected = torch.cat([prompt, after], dim=1)
+    hidden, same_state = model(tokens, start, lengths, seed=hook, answer=(answers, answer_lengths))
+    own = torch.cat([torch.arange(T) < lengths.view(B, 1), torch.arange(A) < answer_lengths.view(B, 1)], 1)
+    assert_close(hidden[own], expected[own], 1e-10)
+    assert_same_state(same_state, state)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(hidden[own].sin().sum(), parameters, retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(expected[own].sin().sum(), parameters, allow_unused=True)
+    for gradient, truth in zip(gradients, expected):
+        assert (gradient is None) == (truth is None)
+        if truth is not None and truth.abs().max() > 1e-9:
+            assert_close(gradient, truth, 1e-7, "gradient")
+
+
+def test_a_prompt_knows_nothing_of_the_answer_read_with_it():
+    """Catches a leak from an answer, or from its later tokens, bit for bit."""
+    model = random_model(10).float()
+    tokens, lengths = random_tokens(10, 3, 21), torch.tensor([21, 1, 9])
+    answers, answer_lengths = random_tokens(11, 3, 7), torch.tensor([7, 7, 7])
+    other = torch.where(torch.arange(7) < 4, answers, random_tokens(12, 3, 7))
+    hook = lambda layer, below, x_last: below / 2    # noqa: E731
+    (hidden, state), (changed, changed_state) = (
+        model(tokens, lengths=lengths, seed=hook, answer=(given, answer_lengths))
+        for given in (answers, other))
+    assert torch.equal(hidden[:, : 21 + 4], changed[:, : 21 + 4])
+    assert not torch.equal(hidden[:, 21 + 4 :], changed[:, 21 + 4 :])
+    for layer, same in zip(state, changed_state):
+        assert all(torch.equal(part, other_part) for part, other_part in zip(layer, same))
+
+
 def test_states_given_and_returned_are_not_written_to():
     """Catches an in-place update: two answers decoded from one prompt state must not see one another."""
     model = random_model(9).float()
