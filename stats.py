@@ -25,7 +25,7 @@ from statistics import NormalDist
 import numpy as np
 
 EFFECT = 0.02         # the smallest difference in accuracy worth a claim; the log's largest mean is 0.034
-JUMP = 0.5            # an arm on the stand-in that ends above this accuracy has learned it: guesses give 0.16
+JUMP = 0.5            # an arm on the stand-in that ends above this has learned it; guesses give 0.2 or less
 RULE = (
     "positive: the 95% interval of the mean d_acc over seeds lies above 0; negative: it lies below 0; "
     f"no effect larger than {EFFECT}: it lies between -{EFFECT} and +{EFFECT}; inconclusive: anything else, "

@@ -1,14 +1,19 @@
-"""The whole 0.1b model: a training step, a prefill, and decoding, beside the peers that are installed.
+"""The whole 0.1b model: a training step and its parts, a prefill, and decoding, beside the peers at hand.
 
-    python tests/bench_model.py [--device cuda] [--threads 1] [--tokens 512 4096] [--layers 12]
+    python tests/bench_model.py [--device cuda] [--threads 1 2] [--tokens 512 4096] [--layers 12] [--peers no]
 
-Weights are random (speed does not depend on them), prompts are random tokens, an answer has 4 tokens. On the
-CPU a time is CPU seconds of this process, the best of three, so that a busy machine does not count; on a GPU
-it is seconds between synchronisations, the median of ten. Each length runs in a process of its own, so that
-its peak memory is its own. Peers, if they can be imported: `rwkv` (PyPI), the official package, at inference.
+Weights are random (speed does not depend on them), prompts are random tokens, an answer has 4 tokens. On one
+thread of a CPU, a time is CPU seconds of the process, so that a busy machine does not count; on more threads,
+wall seconds: the least of three calls after a first one, or of one where it takes long. On a GPU it is
+seconds between synchronisations, the median of ten. Every line comes from a process of its own, so that peak
+memory is its own. Peers, if they can be imported (PyPI): `rwkv`, the official package, which reads but does
+not train, and `rwkv7-hf`, in whose step every token is scored, as in the demo of RWKV-LM.
+
+Shapes: T tokens, C channels.
 """
 
 import argparse
+import contextlib
 import os
 import resource
 import statistics
@@ -21,140 +26,254 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 
 from arm import Arm, make_optimizer
 from fs import FutureSeed
 from model import RWKV7, Config
 from rounds import load_rounds
+from wkv import wkv
+
+ANSWER = 4
+LONG = 10       # seconds of a call from which on one is enough
+DECODED = 16    # tokens
 
 
-def measure(function, device: str) -> float:
-    """Seconds that one call takes, after a call to warm up."""
-    function()
-    times = []
-    for _ in range(3 if device == "cpu" else 10):
-        if device == "cuda":
+class Clock:
+    def __init__(self, device: str, threads: int):
+        self.device = device
+        self.now = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+
+    def once(self, function) -> float:
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        started = time.process_time() if device == "cpu" else time.perf_counter()
+        started = self.now()
         function()
-        if device == "cuda":
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.process_time() if device == "cpu" else time.perf_counter()) - started)
-    return min(times) if device == "cpu" else statistics.median(times)
+        return self.now() - started
+
+    def __call__(self, function) -> float:
+        """Seconds that a call takes."""
+        first = self.once(function)
+        if self.device == "cuda":
+            return statistics.median(self.once(function) for _ in range(10))
+        return min(self.once(function) for _ in range(1 if first > LONG else 3))
+
+    def peak(self) -> float:
+        """Largest memory of the process so far, in GB."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def peak(device: str) -> float:
-    """Largest memory so far, in GB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def ours(tokens: int, layers: int, device: str) -> None:
-    config = Config.published(n_layer=layers)
-    model = RWKV7(config)
-    generator = torch.Generator().manual_seed(0)
+def random_model(layers: int, device: str) -> RWKV7:
+    model = RWKV7(Config.published(n_layer=layers))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.02, generator=generator)
-    model.to(device).checkpoint_activations = tokens >= 4096
-    arm = Arm(model, FutureSeed(config).to(device))
+            parameter.normal_(0, 0.02)
+    return model.to(device)
+
+
+def random_tokens(count: int, device: str) -> torch.Tensor:
+    return torch.randint(65536, (1, count), device=device)
+
+
+def autocast(device: str):
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
+    speed = f"{seconds * 1e3:10,.1f} ms {tokens / seconds:10,.0f} tokens/s"
+    print(f"{who:<9} {what:<24} {speed}  {note}", flush=True)
+
+
+# ---- ours --------------------------------------------------------------------------------------------------
+
+def train_ours(clock: Clock, T: int, layers: int) -> None:
+    device, model = clock.device, random_model(layers, clock.device)
+    model.checkpoint_activations = T >= 4096
+    arm = Arm(model, FutureSeed(model.config).to(device))
     optimizer = make_optimizer(arm, load_rounds()["R8"])
-    prompt = torch.randint(65536, (1, tokens), generator=generator).to(device)
-    answer = torch.randint(65536, (1, 4), generator=generator).to(device)
-    lengths = torch.tensor([tokens], device=device), torch.tensor([4], device=device)
-    spent = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0}
-
-    def autocast():
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-
-    def lap(name, since):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        now = time.process_time() if device == "cpu" else time.perf_counter()
-        spent[name] = now - since
-        return now
+    prompt, answer = random_tokens(T, device), random_tokens(ANSWER, device)
+    lengths = torch.tensor([T], device=device), torch.tensor([ANSWER], device=device)
 
     def step():
-        now = time.process_time() if device == "cpu" else time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with autocast():
+        with autocast(device):
             loss = arm(prompt, lengths[0], answer, lengths[1]).sum()
-        now = lap("forward", now)
         loss.backward()
-        now = lap("backward", now)
         optimizer.step()
-        lap("optimiser", now)
 
-    seconds = measure(step, device)
-    parts = ", ".join(f"{name} {part:.3f}" for name, part in spent.items())
-    print(f"train  (1, {tokens}): {seconds:.3f} s a step, {tokens / seconds:,.0f} tokens/s, "
-          f"peak {peak(device):.2f} GB (last step: {parts})")
+    seconds = clock(step)
+    again = ", blocks recomputed" if model.checkpoint_activations else ""
+    row("ours", f"training step (1, {T})", seconds, T, f"peak {clock.peak():.1f} GB{again}")
+    parts = {"optimiser": clock(optimizer.step)}
+    parts |= {name: clock(part) for name, part in parts_of_a_step(model, T, device).items()}
+    if not again:
+        parts["all else"] = seconds - sum(parts.values())
+    print("  of it", ", ".join(f"{name} {part * 1e3:,.1f}" for name, part in parts.items()), flush=True)
 
-    @torch.no_grad()
+
+def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
+    """Functions that do, alone, what a step does of each kind, forward and backward, in all layers."""
+    C, H, N = model.config.n_embd, model.config.n_head, model.config.head_size
+    blocks = model.blocks
+
+    def alone(function, *shapes):
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+
+        def run():
+            with autocast(device):
+                outputs = function(*inputs)
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        return run
+
+    def projections(x):
+        return [linear(x) for block in blocks for linear in
+                (block.att.receptance, block.att.key, block.att.value, block.att.output)]
+
+    def adapters(x):
+        pairs = [(torch.tanh(x @ att.w1), att.w2) for att in (block.att for block in blocks)]
+        pairs += [(x @ att.a1, att.a2) for att in (block.att for block in blocks)]
+        pairs += [(x @ att.v1, att.v2) for att in (block.att for block in blocks[1:])]
+        pairs += [(torch.sigmoid(x @ att.g1), att.g2) for att in (block.att for block in blocks)]
+        return [hidden @ second for hidden, second in pairs]
+
+    def operator(r, log_w, k, v, a, b):
+        half = [x if x is log_w or device == "cpu" else x.bfloat16() for x in (r, log_w, k, v, a, b)]
+        half[1] = -0.6 * torch.sigmoid(half[1])
+        half[4:] = F.normalize(half[4], dim=-1), half[5] * 0.01
+        return [part for _ in blocks for part in wkv(*half)]
+
+    def channel_mix(x):
+        return [block.ffn.value(torch.relu(block.ffn.key(x)).square()) for block in blocks]
+
+    def head(x):
+        target = torch.zeros(ANSWER, dtype=torch.long, device=device)
+        return [F.cross_entropy(model.head(x).float(), target)]
+
+    x = (1, T, C)
+    return {"projections": alone(projections, x), "low-rank adapters": alone(adapters, x),
+            "wkv": alone(operator, *[(1, T, H, N)] * 6), "channel mix": alone(channel_mix, x),
+            "head and loss": alone(head, (ANSWER, C))}
+
+
+@torch.no_grad()
+def read_ours(clock: Clock, T: int, layers: int) -> None:
+    device, model = clock.device, random_model(layers, clock.device)
+    prompt = random_tokens(T, device)
+
     def prefill():
-        with autocast():
+        with autocast(device):
             hidden, state = model(prompt)
             model.head(hidden[:, -1])
         return state
 
-    state = prefill()
-    seconds = measure(prefill, device)
-    print(f"prefill (1, {tokens}): {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s")
-
-    @torch.no_grad()
     def decode():
-        token, layers_state = answer[:, :1], state
-        for _ in range(16):
-            with autocast():
-                hidden, layers_state = model(token, layers_state)
+        token, state = prompt[:, :1], after
+        for _ in range(DECODED):
+            with autocast(device):
+                hidden, state = model(token, state)
                 token = model.head(hidden[:, -1]).argmax(-1, keepdim=True)
 
-    print(f"decode at batch 1: {measure(decode, device) / 16 * 1e3:.1f} ms a token")
-    if device == "cpu" and layers == 12:
-        official(model, prompt[0].tolist(), tokens)
+    after = prefill()
+    row("ours", f"prefill (1, {T})", clock(prefill), T)
+    row("ours", "decode, a token", clock(decode) / DECODED, 1)
 
 
-def official(model: RWKV7, prompt: list[int], tokens: int) -> None:
-    """The `rwkv` package on the same weights."""
+# ---- peers -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def read_rwkv(clock: Clock, T: int, layers: int) -> None:
     os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
-    try:
-        from rwkv.model import RWKV
-    except ImportError:
-        print("peer `rwkv`: not installed")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(f"{folder}/model.pth")
-        peer = RWKV(model=f"{folder}/model", strategy="cpu fp32")
-        state = peer.forward(prompt, None)[1]
-        seconds = measure(lambda: peer.forward(prompt, None), "cpu")
-        print(f"peer `rwkv` prefill (1, {tokens}): {seconds:.3f} s")
+    from rwkv.model import RWKV
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):    # it greets
+        random_model(layers, "cpu").save(f"{folder}/model.pth")
+        peer = RWKV(model=f"{folder}/model", strategy="cpu fp32" if clock.device == "cpu" else "cuda bf16")
+    prompt = random_tokens(T, "cpu")[0].tolist()
+    after = peer.forward(prompt, None)[1]
 
-        def decode():
-            layers_state = [part.clone() for part in state]
-            for token in prompt[:16]:
-                layers_state = peer.forward([token], layers_state)[1]
+    def decode():
+        state = [part.clone() for part in after]
+        for token in prompt[:DECODED]:
+            state = peer.forward([token], state)[1]
 
-        print(f"peer `rwkv` decode at batch 1: {measure(decode, 'cpu') / 16 * 1e3:.1f} ms a token")
+    row("rwkv", f"prefill (1, {T})", clock(lambda: peer.forward(prompt, None)), T)
+    row("rwkv", "decode, a token", clock(decode) / DECODED, 1)
+
+
+def rwkv7_hf(layers: int, device: str):
+    from rwkv7_hf.configuration_rwkv7 import RWKV7Config
+    from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM
+    return RWKV7ForCausalLM(RWKV7Config(num_hidden_layers=layers)).to(device)
+
+
+def train_rwkv7_hf(clock: Clock, T: int, layers: int) -> None:
+    peer, tokens = rwkv7_hf(layers, clock.device), random_tokens(T, clock.device)
+    optimizer = torch.optim.AdamW(peer.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(clock.device):
+            loss = peer(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+
+    seconds = clock(step)
+    row("rwkv7-hf", f"training step (1, {T})", seconds, T, f"peak {clock.peak():.1f} GB")
+
+
+@torch.no_grad()
+def read_rwkv7_hf(clock: Clock, T: int, layers: int) -> None:
+    peer, prompt = rwkv7_hf(layers, clock.device).eval(), random_tokens(T, clock.device)
+
+    def prefill():
+        with autocast(clock.device):
+            return peer(prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode():
+        token, state = prompt[:, :1], after
+        for _ in range(DECODED):
+            with autocast(clock.device):
+                output = peer(token, past_key_values=state, use_cache=True)
+                token, state = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+
+    after = prefill()
+    row("rwkv7-hf", f"prefill (1, {T})", clock(prefill), T)
+    row("rwkv7-hf", "decode, a token", clock(decode) / DECODED, 1)
+
+
+OURS = [train_ours, read_ours]
+PEERS = [read_rwkv, train_rwkv7_hf, read_rwkv7_hf]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--peers", choices=("yes", "no"), default="yes")
+    parser.add_argument("--only", choices=[f.__name__ for f in OURS + PEERS], help="one of the processes")
     args = parser.parse_args()
-    if len(args.tokens) > 1:
-        for tokens in args.tokens:
-            subprocess.run([sys.executable, __file__, "--device", args.device, "--threads", str(args.threads),
-                            "--layers", str(args.layers), "--tokens", str(tokens)], check=True)
+    if args.only is None:
+        for threads in args.threads:
+            where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {threads} thread(s)"
+            print(f"RWKV-7, {args.layers} layers of 768, {where}, torch {torch.__version__}", flush=True)
+            for tokens in args.tokens:
+                for function in OURS + PEERS * (args.peers == "yes"):
+                    subprocess.run([sys.executable, __file__, "--only", function.__name__,
+                                    "--device", args.device, "--threads", str(threads),
+                                    "--tokens", str(tokens), "--layers", str(args.layers)], check=True)
         return
-    torch.set_num_threads(args.threads)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
-    print(f"RWKV-7, {args.layers} layers of 768, {where}, torch {torch.__version__}")
-    ours(args.tokens[0], args.layers, args.device)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads[0])
+    try:
+        globals()[args.only](Clock(args.device, args.threads[0]), args.tokens[0], args.layers)
+    except ImportError as error:
+        print(f"{args.only}: left out, {error}")
 
 
 if __name__ == "__main__":
