@@ -168,9 +168,13 @@ def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) ->
 def read_rounds(path: str | Path) -> dict:
     """The raw tables of a rounds file. Raises OSError, or ValueError naming the file."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} = {table!r} stands outside of a round; put it under [defaults]")
+    return tables
 
 
 def miniature(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
@@ -193,9 +197,6 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
     Raises ValueError, one line, for an unknown key or a wrong type.
     """
     tables = read_rounds(path)
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"{path}: {name} = {table!r} stands outside of a round; put it under [defaults]")
     rounds = {}
     for name, table in tables.items():
         where = f"{path}, [{name}]"

@@ -186,6 +186,7 @@ def test_what_the_new_rounds_change():
 @pytest.mark.parametrize("text, words", [
     ("[standin]\nlr = 'x'", "must be of type float"), ("[standin]\nfacts = 1000", "24 or less"),
     ("[standin]\nspeed = 1", "no setting is called 'speed'"), ("[standin.arc]\nn = 1", "no setting"),
+    ("standin = 1", "stands outside"),
 ])
 def test_errors_of_the_stand_in(tmp_path, text, words):
     """Catches a miniature with a setting that means nothing, or a value of the wrong type."""
