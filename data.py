@@ -418,7 +418,7 @@ def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[
     return padded.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu"):
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
     """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
     prompts, answers = [example.prompt for example in examples], [example.answer for example in examples]
     return (*pad(prompts, device), *pad(answers, device))

@@ -119,10 +119,11 @@ def token_shift(x: torch.Tensor, before: torch.Tensor, layout: Layout):
     extended = torch.cat([before.unsqueeze(1), x], dim=1)     # (B, T + 1, C)
     answer = x.shape[1] - layout.answer                       # its first column
     if layout.lengths is None:
-        return extended[:, :-1] - x, extended[:, answer]
-    last = extended[torch.arange(len(x), device=x.device), layout.lengths]
-    if layout.answer:
-        extended[:, answer] = last    # in the place of padding
+        last = extended[:, answer]
+    else:
+        last = extended[torch.arange(len(x), device=x.device), layout.lengths]
+        if layout.answer:
+            extended[:, answer] = last    # in the place of padding
     return extended[:, :-1] - x, last
 
 
@@ -299,15 +300,13 @@ class RWKV7(nn.Module):
         rows = torch.arange(B, device=tokens.device)
         if state is None:
             state = self.empty_state(B)
-        if lengths is None:
-            layout, last = Layout(None, None, answer=0), torch.full_like(rows, T - 1)
-        else:
-            layout, last = Layout(lengths, beyond(T, lengths), answer=0), lengths - 1
+        last = torch.full_like(rows, T - 1) if lengths is None else lengths - 1
+        padding = None if lengths is None else beyond(T, lengths)
         if answer is not None:
             answer_tokens, answer_lengths = answer
-            padding = torch.cat([layout.padding, beyond(answer_tokens.shape[1], answer_lengths)], dim=1)
+            padding = torch.cat([padding, beyond(answer_tokens.shape[1], answer_lengths)], dim=1)
             tokens = torch.cat([tokens, answer_tokens], dim=1)
-            layout = Layout(lengths, padding, answer_tokens.shape[1])
+        layout = Layout(lengths, padding, answer=tokens.shape[1] - T)
 
         x = self.blocks[0].ln0(self.emb(tokens))
         v_first = None
