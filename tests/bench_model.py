@@ -88,6 +88,12 @@ def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
     print(f"{who:<9} {what:<24} {speed}  {note}", flush=True)
 
 
+def rows_of_reading(who: str, clock: Clock, T: int, prefill, decode) -> None:
+    """`decode` reads DECODED tokens."""
+    row(who, f"prefill (1, {T})", clock(prefill), T)
+    row(who, "decode, a token", clock(decode) / DECODED, 1)
+
+
 # ---- ours --------------------------------------------------------------------------------------------------
 
 def train_ours(clock: Clock, T: int, layers: int) -> None:
@@ -134,17 +140,17 @@ def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
                 (block.att.receptance, block.att.key, block.att.value, block.att.output)]
 
     def adapters(x):
-        pairs = [(torch.tanh(x @ att.w1), att.w2) for att in (block.att for block in blocks)]
-        pairs += [(x @ att.a1, att.a2) for att in (block.att for block in blocks)]
-        pairs += [(x @ att.v1, att.v2) for att in (block.att for block in blocks[1:])]
-        pairs += [(torch.sigmoid(x @ att.g1), att.g2) for att in (block.att for block in blocks)]
-        return [hidden @ second for hidden, second in pairs]
+        outputs = []
+        for att in (block.att for block in blocks):
+            outputs += [torch.tanh(x @ att.w1) @ att.w2, x @ att.a1 @ att.a2]
+            outputs += [torch.sigmoid(x @ att.g1) @ att.g2]
+            outputs += [x @ att.v1 @ att.v2] if att.layer > 0 else []
+        return outputs
 
     def operator(r, log_w, k, v, a, b):
-        half = [x if x is log_w or device == "cpu" else x.bfloat16() for x in (r, log_w, k, v, a, b)]
-        half[1] = -0.6 * torch.sigmoid(half[1])
-        half[4:] = F.normalize(half[4], dim=-1), half[5] * 0.01
-        return [part for _ in blocks for part in wkv(*half)]
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32    # of all but the decay
+        r, k, v, a, b = (x.to(dtype) for x in (r, k, v, F.normalize(a, dim=-1), 0.01 * b))
+        return [part for _ in blocks for part in wkv(r, -0.6 * torch.sigmoid(log_w), k, v, a, b)]
 
     def channel_mix(x):
         return [block.ffn.value(torch.relu(block.ffn.key(x)).square()) for block in blocks]
@@ -178,8 +184,7 @@ def read_ours(clock: Clock, T: int, layers: int) -> None:
                 token = model.head(hidden[:, -1]).argmax(-1, keepdim=True)
 
     after = prefill()
-    row("ours", f"prefill (1, {T})", clock(prefill), T)
-    row("ours", "decode, a token", clock(decode) / DECODED, 1)
+    rows_of_reading("ours", clock, T, prefill, decode)
 
 
 # ---- peers -------------------------------------------------------------------------------------------------
@@ -199,8 +204,7 @@ def read_rwkv(clock: Clock, T: int, layers: int) -> None:
         for token in prompt[:DECODED]:
             state = peer.forward([token], state)[1]
 
-    row("rwkv", f"prefill (1, {T})", clock(lambda: peer.forward(prompt, None)), T)
-    row("rwkv", "decode, a token", clock(decode) / DECODED, 1)
+    rows_of_reading("rwkv", clock, T, lambda: peer.forward(prompt, None), decode)
 
 
 def rwkv7_hf(layers: int, device: str):
@@ -240,8 +244,7 @@ def read_rwkv7_hf(clock: Clock, T: int, layers: int) -> None:
                 token, state = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
     after = prefill()
-    row("rwkv7-hf", f"prefill (1, {T})", clock(prefill), T)
-    row("rwkv7-hf", "decode, a token", clock(decode) / DECODED, 1)
+    rows_of_reading("rwkv7-hf", clock, T, prefill, decode)
 
 
 OURS = [train_ours, read_ours]
@@ -249,6 +252,7 @@ PEERS = [read_rwkv, train_rwkv7_hf, read_rwkv7_hf]
 
 
 def main() -> None:
+    by_name = {function.__name__: function for function in OURS + PEERS}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -256,7 +260,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--peers", choices=("yes", "no"), default="yes")
-    parser.add_argument("--only", choices=[f.__name__ for f in OURS + PEERS], help="one of the processes")
+    parser.add_argument("--only", choices=by_name, help="one of the processes")
     args = parser.parse_args()
     if args.only is None:
         for threads in args.threads:
@@ -271,7 +275,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads[0])
     try:
-        globals()[args.only](Clock(args.device, args.threads[0]), args.tokens[0], args.layers)
+        by_name[args.only](Clock(args.device, args.threads[0]), args.tokens[0], args.layers)
     except ImportError as error:
         print(f"{args.only}: left out, {error}")
 
