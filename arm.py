@@ -18,6 +18,7 @@ Shapes: B batch rows, T prompt tokens, A answer tokens, C channels, V vocabulary
 """
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -96,6 +97,14 @@ def agreed(value: float) -> float:
     tensor = torch.tensor(value)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def make_reproducible() -> None:
+    """From here on, the same command gives the same bits on the same machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ between runs
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # or every new tensor would be filled first, though nothing here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def device_name(device: torch.device) -> str:

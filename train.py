@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from arm import ArmRun, Stopped, is_main, say, world_size
+from arm import ArmRun, Stopped, is_main, make_reproducible, say, world_size
 from data import Example, load_examples
 from download import download
 from eval import report, write_summary
@@ -357,9 +357,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
-    # without it cuBLAS may differ from run to run
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    make_reproducible()
     try:
         run(args)
         return 0

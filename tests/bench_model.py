@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from arm import Arm, make_optimizer
+from arm import Arm, make_optimizer, make_reproducible
 from fs import FutureSeed
 from model import RWKV7, Config
 from rounds import load_rounds
@@ -97,6 +97,7 @@ def rows_of_reading(who: str, clock: Clock, T: int, prefill, decode) -> None:
 # ---- ours --------------------------------------------------------------------------------------------------
 
 def train_ours(clock: Clock, T: int, layers: int) -> None:
+    make_reproducible()    # as train.py does
     device, model = clock.device, random_model(layers, clock.device)
     model.checkpoint_activations = T >= 4096
     arm = Arm(model, FutureSeed(model.config).to(device))

@@ -150,6 +150,18 @@ def test_same_command_same_bits(finished, assets, base, tmp_path):
     assert_same(outcome(finished), outcome(tmp_path))
 
 
+def test_nothing_reads_memory_that_it_has_not_written(finished, assets, base, tmp_path, monkeypatch):
+    """Filling every new tensor with NaN first, as torch does unless make_reproducible forbids it, changes no
+    bit."""
+    def make_reproducible_and_fill():
+        arm.make_reproducible()
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    monkeypatch.setattr(train, "make_reproducible", make_reproducible_and_fill)
+    assert in_child(arguments(assets, base, tmp_path)) == 0
+    assert_same(outcome(finished), outcome(tmp_path))
+
+
 def test_arms_differ_in_nothing_but_future_seed(assets, base, tmp_path):
     """With the seed scaled to nothing the arms must agree to the last bit: same weights,
     batches, order and steps."""
