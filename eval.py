@@ -32,7 +32,7 @@ from ask import ask
 from figures import Figure, draw
 from files import atomic_write
 from records import ARMS, METRICS, Runs, check_comparable, read_round, seeds_on_disk
-from rounds import Round, expand, load_rounds, miniature
+from rounds import Round, expand, load_rounds, miniature, seeds_of
 from stats import (EFFECT, JUMP, RULE, bootstrap_interval, needed, noise_floor, over_seeds, sign_flip_p,
                    t_test, verdict)
 
@@ -364,7 +364,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("rounds", nargs="*", metavar="R", help="R2 to R10; R9 is R9a and R9b")
     option("--all", action="store_true", help="every round that has runs")
     option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where they are (default: runs)")
-    option("--seeds", type=int, nargs="+", metavar="N", help="only these seeds (default: all found)")
+    option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
     option("--plot", metavar="FILE", help="draw a figure too: .png, .svg or .pdf")
     option("--markdown", action="store_true", help="print a Markdown table")
@@ -394,10 +394,11 @@ def print_reports(args: argparse.Namespace) -> int:
     names = [name for name in rounds if seeds_on_disk(name, args.runs)] if args.all else expand(args.rounds)
     if not names:
         raise FileNotFoundError(f"{args.runs}: no runs of any round; run train.py first, or name --runs DIR")
+    seeds = None if args.seeds is None else seeds_of(args.seeds)
     found: dict[str, Runs] = {}
     for name in names:
         try:
-            found[name] = read_round(name, args.runs, args.seeds)
+            found[name] = read_round(name, args.runs, seeds)
         except (ValueError, OSError) as error:
             complain("error", error)
     results = [analyse(runs, rounds[name]) for name, runs in found.items()]

@@ -6,6 +6,7 @@ log, whose rounds R2 to R10 these are; what it measured for a round stands in `R
 """
 
 import dataclasses
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +245,18 @@ def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
             raise ValueError(f"no round is called {name!r}; the rounds are {', '.join(rounds)}")
         expanded += tables[name].get("parts", [name])
     return list(dict.fromkeys(expanded))
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds as --seeds takes them, "0-9" or "0,3,5" or both; ValueError for anything else."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ValueError(f"--seeds {text}: write seeds as 0-9 or 0,3,5")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def with_settings(round: Round, pairs: list[str]) -> Round:

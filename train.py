@@ -29,7 +29,7 @@ from download import download
 from eval import report, write_summary
 from model import RWKV7, Config
 from records import ARMS
-from rounds import Round, expand, load_rounds, miniature, with_settings
+from rounds import Round, expand, load_rounds, miniature, seeds_of, with_settings
 from standin import (QUESTION_FIRST, SmallTokenizer, pretrain, small_tokenizer, training_examples,
                      validation_examples)
 from tokenizer import Tokenizer
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="R2 to R10 (R9 is R9a and R9b), S1 to S11; standin trains the stand-in's bases")
     parser.add_argument("--list", action="store_true", help="show the rounds and what is on disk, and stop")
     parser.add_argument("--seed", type=int, help="draws the batches; default: the log's seeds of the round")
-    parser.add_argument("--seeds", metavar="0-9", help="several seeds, as 0-9 or 0,3,5")
+    parser.add_argument("--seeds", metavar="LIST", help="several seeds, as 0-9 or 0,3,5")
     parser.add_argument("--arm", choices=(*ARMS, "both"), default="both")
     parser.add_argument("--base", metavar="PATH|init|init:L12-D64",
                         help="an official .pth, or fresh weights; "
@@ -155,14 +155,7 @@ def chosen_seeds(args: argparse.Namespace, round: Round) -> list[int]:
         return [args.seed]
     if args.seeds is None:
         return list(round.seeds)
-    seeds = []
-    for part in args.seeds.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match:
-            raise ValueError(f"--seeds {args.seeds}: write seeds as 0-9 or 0,3,5")
-        first, last = int(match[1]), int(match[2] or match[1])
-        seeds += range(first, last + 1)
-    return list(dict.fromkeys(seeds))
+    return seeds_of(args.seeds)
 
 
 def list_rounds(runs: Path) -> None:

@@ -431,7 +431,7 @@ def test_one_bad_round_does_not_hide_the_others(tmp_path, capsys):
     assert main(["--all", "--runs", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "R8: " in out and "R6: " not in out and "R6/seed1/no_fs" in err
-    assert main(["R6", "--seeds", "0", "2", "--runs", str(tmp_path)]) == 0
+    assert main(["R6", "--seeds", "0,2", "--runs", str(tmp_path)]) == 0
 
 
 def test_unequal_steps_are_the_point_of_a_budget_in_minutes(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fs
 from model import Config
-from rounds import CHOICES, SETTINGS, Round, expand, load_rounds, miniature, with_settings
+from rounds import CHOICES, SETTINGS, Round, expand, load_rounds, miniature, seeds_of, with_settings
 
 ROUNDS = load_rounds()
 
@@ -387,3 +387,17 @@ def test_any_file(tmp_path, tables, noise, start):
     for round in rounds.values():
         assert all(type(getattr(round, key)) is kind for key, kind in SETTINGS.items() if key != "seeds")
     assert set(names) <= set(rounds)
+
+
+@given(parts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=5))
+def test_seeds_are_read_as_written(parts):
+    """Catches a range without its end, and a seed that would run twice."""
+    text = ",".join(f"{first}-{first + more}" if more else f"{first}" for first, more in parts)
+    wanted = [seed for first, more in parts for seed in range(first, first + more + 1)]
+    assert seeds_of(text) == list(dict.fromkeys(wanted))
+
+
+@pytest.mark.parametrize("text", ["", "x", "1,", "-1", "3-1", "1-2-3", "0:9", "1.5"])
+def test_wrong_seeds_get_one_line(text):
+    with pytest.raises(ValueError, match=f"--seeds {text}"):
+        seeds_of(text)
