@@ -37,6 +37,7 @@ from data import batches, collate, fingerprint
 from files import atomic_write, save_tensors
 from fs import FutureSeed
 from model import RWKV7
+from records import differences
 from rounds import Round, without_fs
 from score import score, summarise
 
@@ -110,6 +111,10 @@ def make_reproducible() -> None:
 def device_name(device: torch.device) -> str:
     return (torch.cuda.get_device_name(device) if device.type == "cuda"
             else platform.processor() or platform.machine())
+
+
+def changes(before: dict, now: dict) -> str:
+    return "; ".join(f"{name} was {old}, now {new}" for name, old, new in differences(before, now))
 
 
 def say(text: str) -> None:
@@ -239,54 +244,60 @@ class ArmRun:
             status, identity = found["status"], {key: found[key] for key in self.identity}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged ({error!r}); use --fresh to start over") from error
-        different = differences(identity, json.loads(json.dumps(self.identity)))
-        if different:
-            raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(different)}; use "
-                             "--fresh to replace it or --runs DIR to keep both")
-        changed = differences({key: found.get(key) for key in self.surroundings}, self.surroundings)
-        if changed and status != "done":
-            say(f"{self.name}: resuming elsewhere ({'; '.join(changed)}); the last bits may differ")
+        changed = changes(identity, json.loads(json.dumps(self.identity)))
+        if changed:
+            raise ValueError(f"{self.folder} holds a run with other settings: {changed}; use --fresh to "
+                             "replace it or --runs DIR to keep both")
+        elsewhere = changes({key: found.get(key) for key in self.surroundings}, self.surroundings)
+        if elsewhere and status != "done":
+            say(f"{self.name}: resuming elsewhere ({elsewhere}); the last bits may differ")
         return status
 
-    def recipe(self, identity: dict) -> dict:
-        """All of an arm's identity but the round's name and, without it, its Future-Seed."""
-        settings = identity["settings"]
+    def recipe(self, run: dict) -> dict:
+        """All that decides an arm's bits: not the round's name nor, without it, its Future-Seed."""
+        settings = run["settings"]
         if self.identity["arm"] == "no_fs":
             settings = without_fs(settings)
-        return {**identity, "round": None, "settings": {**settings, "name": None}}
+        decisive = {key: run[key] for key in (*self.identity, *self.surroundings)}
+        return {**decisive, "round": None, "settings": {**settings, "name": None}}
 
-    def copy_twin(self, runs: Path) -> bool:
-        """Take over a finished arm of another round that is the same run, bit for bit, instead of training.
+    def twin(self, runs: Path) -> Path | None:
+        """A finished arm of another round that is the same run, bit for bit.
 
         no_fs does not depend on a round's Future-Seed: R6, R8, R9b and R10 share theirs. Budgets in minutes
-        depend on the clock, so such arms have no twins. Returns whether there was one.
+        depend on the clock, so such arms have no twins.
         """
         if self.minutes is not None or (self.folder / "run.json").exists():
-            return False
-        wanted = self.recipe(json.loads(json.dumps(self.identity)))
+            return None
+        wanted = self.recipe(json.loads(json.dumps(self.identity | self.surroundings)))
         for path in sorted(runs.glob(f"*/seed{self.seed}/{self.folder.name}/run.json")):
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-                same = self.recipe({key: found[key] for key in self.identity}) == wanted
-                if found["status"] != "done" or not same:
-                    continue
+                if found["status"] == "done" and self.recipe(found) == wanted:
+                    return path.parent
             except (ValueError, KeyError, TypeError, OSError):
                 continue    # its own round will complain
-            if is_main():
-                for name in ("metrics.jsonl", "records.jsonl", "seed_off.jsonl", "model.pth", "fs.pth"):
-                    theirs = path.with_name(name)
-                    if theirs.exists():
-                        with open(theirs, "rb") as file, atomic_write(self.folder / name) as copy:
-                            shutil.copyfileobj(file, copy)
-                with atomic_write(self.folder / "run.json", "w") as file:
-                    json.dump(found | self.identity | {"copied_from": found["round"]}, file, indent=1)
-            say(f"{self.name}: the same run as {found['round']}'s, copied from there")
-            return True
-        return False
+        return None
+
+    def copy_twin(self, runs: Path) -> bool:
+        """Take over the arm's twin instead of training, and return whether there was one."""
+        # one process looks, for all: another might find what the first has just written
+        twin = gathered([self.twin(runs) if is_main() else None])[0]
+        if twin is None:
+            return False
+        if is_main():
+            for name in ("metrics.jsonl", "records.jsonl", "seed_off.jsonl", "model.pth", "fs.pth"):
+                if (twin / name).exists():
+                    with open(twin / name, "rb") as file, atomic_write(self.folder / name) as copy:
+                        shutil.copyfileobj(file, copy)
+            found = json.loads((twin / "run.json").read_text(encoding="utf-8"))
+            with atomic_write(self.folder / "run.json", "w") as file:
+                json.dump(found | self.identity | {"copied_from": found["round"]}, file, indent=1)
+        say(f"{self.name}: the same run as {twin.parent.parent.name}'s, copied from there")
+        return True
 
     def run(self) -> None:
         """Train to the end of the budget, evaluating on the way, and leave the folder complete."""
-        torch.manual_seed(self.seed)
         model = self.base.model().to(self.device)
         model.checkpoint_activations = self.round.checkpoint_activations
         fs = None
@@ -465,14 +476,3 @@ class ArmRun:
 def write_json_lines(path: Path, lines: list[dict]) -> None:
     with atomic_write(path, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
-    """Where two nested dicts differ, as `key: found, now wanted`."""
-    lines = []
-    for key in wanted:
-        if isinstance(wanted[key], dict) and isinstance(found.get(key), dict):
-            lines += differences(found[key], wanted[key], f"{prefix}{key}.")
-        elif found.get(key) != wanted[key]:
-            lines.append(f"{prefix}{key} was {found.get(key)}, now {wanted[key]}")
-    return lines

@@ -118,7 +118,7 @@ def analyse(runs: Runs, round: Round) -> dict:
     p = sign_flip_p(by_example)
     per_seed = []
     for s, seed in enumerate(runs.seeds):
-        line = {"seed": seed, "step": int(runs.tables[seed, "prompt_fs"][0][-1])}
+        line = {"seed": seed, "steps": {arm: int(runs.tables[seed, arm][0][-1]) for arm in ARMS}}
         for m, metric in enumerate(METRICS):
             without, with_fs = means[s, :, m].tolist()
             line[metric] = {"no_fs": without, "prompt_fs": with_fs, "d": with_fs - without,
@@ -139,8 +139,8 @@ def analyse(runs: Runs, round: Round) -> dict:
     result = {
         "round": runs.name, "title": round.title, "task": round.task, "order": round.order,
         "seeds": runs.seeds, "examples": len(runs.ids),
-        "standin": made_up, "base": (runs.run.get("base") or {}).get("name"),
-        "changed": changed, "unfinished": runs.unfinished,
+        "standin": made_up, "base": runs.run["base"].get("name"), "round_base": settings.get("base"),
+        "minutes": runs.run.get("minutes"), "changed": changed, "unfinished": runs.unfinished,
         "per_seed": per_seed, "over_seeds": over,
         "jumped": dict(zip(ARMS, (means[..., 0] > JUMP).sum(axis=0).tolist())) if made_up else None,
         "seed_off": {seed: float(scores[:, 0].mean()) for seed, scores in runs.seed_off.items()},
@@ -185,6 +185,10 @@ def labels(result: dict) -> list[str]:
         found.append("STAND-IN RECORDS, made up to try things: not comparable with the log")
     if (result["base"] or "").startswith("init"):
         found.append(f"UNTRAINED BASE {result['base']}: not comparable with the log")
+    elif not result["standin"] and result["base"] != result["round_base"]:
+        found.append(f"ANOTHER BASE, {result['base']}: not comparable with the log")
+    if result["minutes"] is not None:
+        found.append(f"{result['minutes']:g} minutes of training an arm, in place of the round's steps")
     if result["changed"]:
         found.append(f"settings changed from the round's: {', '.join(result['changed'])}")
     if result["unfinished"]:
@@ -204,7 +208,8 @@ def text_of(result: dict) -> str:
         for line in result["per_seed"]:
             value = line[metric]
             arms = f"{value['no_fs']:>8.4f} {value['prompt_fs']:>10.4f}"
-            lines.append(f"  {metric:<6} {line['seed']:<5} {line['step']:>7} {arms}  {value['d']:+.4f}  "
+            steps = "/".join(map(str, dict.fromkeys(line["steps"].values())))    # one number if they agree
+            lines.append(f"  {metric:<6} {line['seed']:<5} {steps:>7} {arms}  {value['d']:+.4f}  "
                          f"{interval(value)}  {value['p']:.3f}")
         if S > 1:
             lines.append(f"  {metric:<6} mean {'':<29}{overall(result['over_seeds'][metric])}")
@@ -337,8 +342,9 @@ def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
     runs, note = finished(round.name, runs_dir)
     result = analyse(runs, round)
     acc, loss = result["over_seeds"]["acc"], result["over_seeds"]["loss"]
+    settings = runs.run["settings"] | {"base": result["base"]}    # the one that was used
     lines = [
-        f"settings: {json.dumps(runs.run['settings'])}", *result["labels"], "=" * 90,
+        f"settings: {json.dumps(settings)}", *result["labels"], "=" * 90,
         f"L={round.max_prompt} pairs={len(runs.seeds)} mean d_acc={acc['mean']:+.4f} std={acc['std']:.4f} | "
         f"mean d_loss={loss['mean']:+.4f} std={loss['std']:.4f} | sign(+/0/-)={acc['signs']}",
     ]

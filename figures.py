@@ -33,8 +33,9 @@ def draw_study(results: list[dict]):
         right.plot([over["low"], over["high"]], [place, place], color="black", linewidth=2)
         right.plot(over["mean"], place, "D", color="black")
     right.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(range(len(results)), [f"{result['round']}: {result['title']}" for result in results],
-                    fontsize=8)
+    titles = ["\n".join([f"{result['round']}: {result['title']}", *result["labels"][1:]])
+              for result in results]
+    left.set_yticks(range(len(results)), titles, fontsize=8)
     left.invert_yaxis()
     left.set_xlim(0, 1.02)
     left.set_xlabel("accuracy on the built-in STAND-IN, a mark a seed")

@@ -23,6 +23,7 @@ ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")
 FIELDS = itemgetter("step", "id", "correct", "tokens", "loss", "exact", "f1")
 SAME_EVERYWHERE = ("standin", "settings", "minutes", "base", "data")    # in all seeds and arms of a round
+SAME_IN_A_SEED = (*SAME_EVERYWHERE, "device")    # a GPU's arm is in bf16, a CPU's in fp32
 AGAIN = "run this arm again with --fresh"
 
 
@@ -56,8 +57,9 @@ def read_run(folder: Path) -> dict:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         here = run["round"], f"seed{run['seed']}", run["arm"]
-        if not isinstance(run["settings"], dict) or not isinstance(run["data"], dict) or "status" not in run:
-            raise KeyError("settings, data, status")
+        parts = run["settings"], run["data"], run["base"]
+        if not all(isinstance(part, dict) for part in parts) or "status" not in run:
+            raise KeyError("settings, data, base, status")
     except FileNotFoundError:
         command = f"python train.py --round {round_name} --seed {seed.removeprefix('seed')}"
         raise FileNotFoundError(f"{folder}: this arm is missing; run {command}") from None
@@ -122,22 +124,28 @@ def same_everywhere(run: dict) -> dict:
     return same
 
 
-def difference(a, b, name: str = "") -> str | None:
-    """The first place where two JSON values differ, as `settings.lr is 1e-05 and 3e-05`, or None."""
+def differences(a, b, name: str = ""):
+    """Every place where two nested dicts differ: its name, as in settings.lr, and the two values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        found = (difference(a.get(key), b.get(key), f"{name}.{key}") for key in {**a, **b})
-        return next(filter(None, found), None)
-    return None if a == b else f"{name.removeprefix('.')} is {a} and {b}"
+        for key in {**a, **b}:
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield name, a, b
+
+
+def difference(a: dict, b: dict) -> str | None:
+    """The first of them, as `settings.lr is 1e-05 and 3e-05`, or None."""
+    return next((f"{name} is {first} and {second}" for name, first, second in differences(a, b)), None)
 
 
 def seeds_on_disk(name: str, runs_dir: str | Path, finished: bool = False) -> list[int]:
     """The seeds of a round that have a folder; with `finished`, those whose two arms are both done."""
     seeds = []
     for folder in (Path(runs_dir) / name).glob("seed*"):
-        arms = [folder / arm for arm in ARMS if (folder / arm / "run.json").exists()]
-        done = len(arms) == 2 and all(read_run(arm)["status"] == "done" for arm in arms)
-        if folder.name[4:].isdecimal() and (done or not finished):
-            seeds.append(int(folder.name[4:]))
+        if folder.name[4:].isdecimal():
+            arms = [folder / arm for arm in ARMS if (folder / arm / "run.json").exists()]
+            if not finished or len(arms) == 2 and all(read_run(arm)["status"] == "done" for arm in arms):
+                seeds.append(int(folder.name[4:]))
     return sorted(seeds)
 
 
@@ -161,8 +169,8 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
         other, unlike = first, difference(same_everywhere(first_run), same_everywhere(run))
         if unlike is None and run["arm"] == ARMS[1]:
             other = place.with_name(ARMS[0])
-            unlike = difference({key: no_fs.get(key) for key in SAME_EVERYWHERE},
-                                {key: run.get(key) for key in SAME_EVERYWHERE})
+            unlike = difference({key: no_fs.get(key) for key in SAME_IN_A_SEED},
+                                {key: run.get(key) for key in SAME_IN_A_SEED})
         if unlike is None and ids != first_ids:
             other, unlike = first, "they were scored on different examples"
         if unlike:

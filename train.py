@@ -29,7 +29,7 @@ from download import download
 from eval import report, write_summary
 from model import RWKV7, Config
 from records import ARMS
-from rounds import Round, expand, load_rounds, miniature, seeds_of, with_settings
+from rounds import SETTINGS, Round, expand, load_rounds, miniature, seeds_of, with_settings
 from standin import (QUESTION_FIRST, SmallTokenizer, pretrain, small_tokenizer, training_examples,
                      validation_examples)
 from tokenizer import Tokenizer
@@ -148,14 +148,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen_seeds(args: argparse.Namespace, round: Round) -> list[int]:
+def chosen_seeds(args: argparse.Namespace, default: tuple[int, ...]) -> list[int]:
     if args.seed is not None and args.seeds is not None:
         raise ValueError("give --seed or --seeds, not both")
     if args.seed is not None:
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: must be 0 or more")
         return [args.seed]
-    if args.seeds is None:
-        return list(round.seeds)
-    return seeds_of(args.seeds)
+    return list(default) if args.seeds is None else seeds_of(args.seeds)
 
 
 def list_rounds(runs: Path) -> None:
@@ -173,7 +173,7 @@ def list_rounds(runs: Path) -> None:
         found = sorted(path.parent.parent.name + "/" + path.parent.name
                        for path in runs.glob(f"{name}/seed*/*/run.json"))
         print(f"    on disk: {', '.join(found) or 'nothing'}")
-    print("\nsettings, for --set:", ", ".join(load_rounds()["R2"].settings()))
+    print("\nsettings, for --set:", ", ".join(SETTINGS))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,6 @@ class Missing(FileNotFoundError):
 
 def real_material(round: Round, args: argparse.Namespace) -> Material:
     """The publishers' data and base. Raises Missing where any of it cannot be had."""
-    round = with_settings(round, args.settings)
     if round.facts:
         raise ValueError("--set facts: only questions of the stand-in have facts; add --standin")
     rules = dict(order=round.order, max_prompt=round.max_prompt, min_prompt=round.min_prompt,
@@ -225,6 +224,9 @@ def standin_material(round: Round, seed: int, args: argparse.Namespace) -> Mater
     round = with_settings(miniature(round), args.settings)
     if not round.facts:
         raise ValueError("--set facts=0: the stand-in's questions need 2 facts or more; use --real")
+    if args.minutes is not None:
+        raise ValueError("--minutes: the stand-in's questions are made step by step, so its budget is steps; "
+                         "use --set steps=N")
     tokenizer = small_tokenizer()
     path = standin_base(round.task, seed, args, tokenizer)
     base = Base(path, RWKV7.load(path).config, {"name": "stand-in", "sha256": sha256_of(path)})
@@ -312,11 +314,11 @@ def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
             show_answers(material, folder)
 
 
-def make_standins(args: argparse.Namespace) -> None:
+def make_standins(args: argparse.Namespace, share: slice) -> None:
     """--round standin: train the bases of the stand-in, each once."""
     tokenizer = small_tokenizer()
-    for task, name in QUESTION_FIRST.items():
-        for seed in chosen_seeds(args, load_rounds()[name]):
+    for task in QUESTION_FIRST:
+        for seed in chosen_seeds(args, (0, 1, 2))[share]:
             say(f"{standin_base(task, seed, args, tokenizer)} is there")
 
 
@@ -324,10 +326,11 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         list_rounds(args.runs)
         return
-    rounds = [load_rounds()[name] for name in expand([name for name in args.round if name != "standin"])]
-    for round in rounds:
-        with_settings(round, args.settings)    # a wrong one is told before anything is loaded or made
-    seeds = [chosen_seeds(args, round) for round in rounds]
+    # settings first: a wrong one is told before anything is loaded or made, and seeds may be among them
+    all_rounds = load_rounds()
+    rounds = [with_settings(all_rounds[name], args.settings)
+              for name in expand([name for name in args.round if name != "standin"])]
+    seeds = [chosen_seeds(args, round.seeds) for round in rounds]
     share = slice(None)
     processes = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     if processes > 1:
@@ -340,7 +343,7 @@ def run(args: argparse.Namespace) -> None:
             # too small to share: each has its own seeds
             share = slice(int(os.environ["RANK"]), None, processes)
     if "standin" in args.round:
-        make_standins(args)
+        make_standins(args, share)
     for round, round_seeds in zip(rounds, seeds):
         real = find_real(round, args)    # once a round: no seed of it may get another answer
         for seed in round_seeds[share]:

@@ -18,7 +18,7 @@ import eval as ruler
 from arm import Arm
 from conftest import relative_error
 from data import collate
-from eval import analyse, compare, main, report, write_summary
+from eval import analyse, compare, main, report, text_of, write_summary
 from fs import FutureSeed, prefill
 from model import RWKV7, Config
 from records import read_records, read_round, seeds_on_disk
@@ -406,6 +406,7 @@ LAST = range(31, 61)    # lines of the last evaluation
     (lambda f: change_run(f, base={"name": "other", "sha256": "c0ffee"}), "base.name"),
     (lambda f: change_run(f, data={"train": "t", "validation": "other"}), "data.validation"),
     (lambda f: change_run(f, standin=True), "standin"),
+    (lambda f: change_run(f, device="NVIDIA H200"), "device is"),
     (lambda f: [change_line(f, n, lambda line: line.replace('"q8"', '"z8"')) for n in (9, 39)],
      "different examples"),
     (lambda f: [change_line(f, n, lambda line: line.replace('"step": 10', '"step": 5')) for n in LAST],
@@ -423,11 +424,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys, arm, damage, says)
     assert "d_acc" not in out
 
 
-def test_one_bad_round_does_not_hide_the_others(tmp_path, capsys):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_one_bad_round_does_not_hide_the_others(tmp_path, capsys, damage):
     """Catches a report that stops at the first refusal, or that hides it behind exit code 0."""
     write_runs(tmp_path, "R8")
     write_runs(tmp_path, "R6")
-    (tmp_path / "R6/seed1/no_fs/run.json").unlink()
+    (tmp_path / "R8/seed1").rename(tmp_path / "R8/seed1.old")    # not a seed's folder: none of its business
+    damage(tmp_path / "R6/seed1/no_fs/run.json")
     assert main(["--all", "--runs", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "R8: " in out and "R6: " not in out and "R6/seed1/no_fs" in err
@@ -441,7 +444,20 @@ def test_unequal_steps_are_the_point_of_a_budget_in_minutes(tmp_path):
     text = (folder / "records.jsonl").read_text()
     (folder / "records.jsonl").write_text(text + text.replace('"step": 10', '"step": 13').split("\n", 30)[30])
     result = analyse(read_round("R8", tmp_path), ROUNDS["R8"])
-    assert [line["step"] for line in result["per_seed"]] == [10, 13, 10]
+    steps = [line["steps"] for line in result["per_seed"]]
+    assert steps == [{"no_fs": 10, "prompt_fs": step} for step in (10, 13, 10)]
+    assert "    10/13  " in text_of(result) and "8 minutes" in text_of(result)
+
+
+@pytest.mark.parametrize("base, label", [
+    ("init:L2-D64", "UNTRAINED BASE init:L2-D64"), ("mine.pth", "ANOTHER BASE, mine.pth"),
+])
+def test_another_base_is_said(tmp_path, base, label):
+    """Catches a toy's numbers beside the log's, and a summary that names the round's base in its place."""
+    write_runs(tmp_path, base={"name": base, "sha256": "0"})
+    assert label in text_of(analyse(read_round("R8", tmp_path), ROUNDS["R8"]))
+    summary = write_summary(ROUNDS["R8"], tmp_path).read_text()
+    assert label in summary and f'"base": "{base}"' in summary and ROUNDS["R8"].base not in summary
 
 
 def test_no_runs_at_all(tmp_path, capsys):

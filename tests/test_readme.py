@@ -29,7 +29,8 @@ def test_the_code_runs(monkeypatch, capsys):
 
     inputs = [torch.rand(2, 5, 3, 4) for _ in range(6)] + [torch.rand(2, 3, 4, 4)]
     inputs[1] = -0.6 * inputs[1]
-    names |= {name: x.requires_grad_() for name, x in zip(("r", "log_w", "k", "v", "a", "b", "state"), inputs)}
+    for name, x in zip(("r", "log_w", "k", "v", "a", "b", "state"), inputs):
+        names[name] = x.requires_grad_()
     exec(SNIPPETS[1], names)
     (names["y"].sum() + names["final_state"].sum()).backward()
     assert names["y"].shape == (2, 5, 3, 4) and names["final_state"].shape == (2, 3, 4, 4)

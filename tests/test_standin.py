@@ -284,3 +284,36 @@ def test_a_damaged_twin_is_left_alone(quick, tmp_path):
     (tmp_path / "runs/R6/seed3/no_fs/run.json").write_text("{")
     assert train.main(arguments(tmp_path, "--arm", "no_fs", name="S1")) == 0
     assert "copied_from" not in run_of(tmp_path, "S1")
+
+
+def test_what_ran_on_another_device_is_not_shared(quick, tmp_path):
+    """Catches an arm of a GPU, in bf16, beside one of a CPU."""
+    assert train.main(arguments(tmp_path, "--arm", "no_fs")) == 0
+    path = tmp_path / "runs/R6/seed3/no_fs/run.json"
+    path.write_text(path.read_text().replace('"device": "', '"device": "NVIDIA '))
+    assert train.main(arguments(tmp_path, "--arm", "no_fs", name="S1")) == 0
+    assert "copied_from" not in run_of(tmp_path, "S1")
+
+
+def test_a_budget_in_minutes_is_refused(quick, tmp_path, capsys):
+    """Catches questions that come again, and fewer facts, once a budget outlasts the questions made for it."""
+    assert train.main(arguments(tmp_path, "--minutes", "1")) == 2
+    assert "--set steps=N" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- which seeds run ---------------------------------------------------------------------------------------
+
+def test_seeds_come_from_the_command_or_the_round(monkeypatch, capsys):
+    """Catches settings that do not count, a negative seed, which no report would find, and a stand-in whose
+    two tasks have bases of different seeds."""
+    ran = []
+    monkeypatch.setattr(train, "find_real", lambda round, args: "material")
+    monkeypatch.setattr(train, "run_seed", lambda material, seed, args: ran.append(seed))
+    monkeypatch.setattr(train, "standin_base", lambda task, seed, args, tokenizer: ran.append((task, seed)))
+    assert train.main(["--round", "R3"]) == 0
+    assert train.main(["--round", "R3", "--set", "seeds=[7, 8]"]) == 0
+    assert train.main(["--round", "R3", "--seeds", "4-5"]) == 0
+    assert train.main(["--round", "standin"]) == 0
+    assert ran == [0, 1, 2, 7, 8, 4, 5, *((task, seed) for task in ("arc", "hotpotqa") for seed in range(3))]
+    assert train.main(["--round", "R3", "--seed", "-1"]) == 2
+    assert "--seed -1" in capsys.readouterr().err.splitlines()[-1]
