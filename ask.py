@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from data import pad
+from files import load_weights
 from fs import FutureSeed, prefill
 from model import RWKV7
 from rounds import Round
@@ -30,7 +31,7 @@ def trained_seed(checkpoint: Path, model: RWKV7) -> FutureSeed | None:
         fs = FutureSeed(model.config, **round.fs_settings())
         path = checkpoint.with_name("fs.pth")
         if path.exists():
-            fs.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            fs.load_state_dict(load_weights(path))
     except Exception as error:    # torch raises half a dozen types here
         raise ValueError(f"{path}: cannot be used ({' '.join(str(error).split())[:160]})") from error
     return fs

@@ -332,52 +332,6 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
     return examples
 
 
-# ---- the built-in stand-in ---------------------------------------------------------------------------------
-
-# every word is one token, at the start of a line or after a space; few words, for a small model to learn
-NAMES = ("Ann Bob Tom Sam Max Ben Dan Kim Amy Lee Joe Jim Jack John Mary Paul Mark Anna Alex Adam Eric Ryan "
-         "Luke Jane Kate Rose Ruby Nick Mike Dave Peter David").split()
-VERBS = ("runs sings eats jumps reads walks plays works writes speaks moves lives falls rises waits "
-         "drives").split()
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def standin_records(task: str, split: str, n: int, seed: int, n_facts: int) -> list[dict]:
-    """n generated records in the official format of a task: looking up one of n_facts, all equally likely.
-
-    hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
-    arc: the options "A. Ann", "B. Bob", …; "Who is Bob?"; "B" (2 to 26 facts).
-
-    Paragraphs have no titles, and a fact is three tokens there and four here, since the stand-in trains on a
-    CPU. No question can be answered without the facts. A hash of the facts, in whatever order, and the
-    question decides which split they are in: training and validation share none, and from three facts on
-    neither runs out. Raises ValueError for an unknown split or n_facts out of range.
-    """
-    most = len(NAMES) if task == "hotpotqa" else len(LABELS)
-    if split not in ("train", "validation") or not 2 <= n_facts <= most:
-        raise ValueError(f"the stand-in has train and validation, 2 to {most} facts: not {split}, {n_facts}")
-    generator = random.Random(f"{task} {split} {seed}")
-    records: list[dict] = []
-    while len(records) < n:
-        names = generator.sample(NAMES, n_facts)
-        asked = generator.randrange(n_facts)
-        values = generator.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
-        facts = [f"{name} {value}" for name, value in zip(names, values)]
-        identity = " ".join(sorted(facts) + [names[asked]]).encode()
-        if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
-            continue
-        id = f"standin-{split}-{seed}-{len(records)}"
-        if task == "arc":
-            choices = [{"text": name, "label": label} for name, label in zip(names, values)]
-            records.append({"id": id, "question": {"stem": f"Who is {names[asked]}?", "choices": choices},
-                            "answerKey": values[asked]})
-        else:
-            records.append({"_id": id, "question": names[asked], "answer": values[asked], "type": "bridge",
-                            "level": "easy", "supporting_facts": [["", 0]],
-                            "context": [["", [fact]] for fact in facts]})
-    return records
-
-
 # ---- batches -----------------------------------------------------------------------------------------------
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int = 0,

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ask import ask
 from figures import Figure, draw
 from files import atomic_write
 from records import ARMS, METRICS, Runs, check_comparable, read_round, seeds_on_disk
@@ -253,7 +252,7 @@ def text_of_comparison(comparison: dict) -> str:
 
 
 def markdown_of(results: list[dict]) -> str:
-    """Tables for pasting, a row a round: of the real rounds, and of those on the stand-in."""
+    """Tables for pasting: of the real rounds, and of those on the stand-in."""
     tables = [table([result for result in results if result["standin"] == made_up])
               for made_up, table in ((False, markdown_of_rounds), (True, markdown_of_standins))
               if any(result["standin"] == made_up for result in results)]
@@ -261,7 +260,7 @@ def markdown_of(results: list[dict]) -> str:
 
 
 def markdown_of_standins(results: list[dict]) -> str:
-    """Every seed's accuracy; no_fs once for neighbours that share it."""
+    """Every seed's accuracy; what rounds share, as most do their no_fs, once."""
     seeds = sorted({line["seed"] for result in results for line in result["per_seed"]})
     rows = [["on the STAND-IN: accuracy by seed", *map(str, seeds), "mean", "jumped",
              "d_acc [95%], p over seeds"]]
@@ -367,7 +366,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("rounds", nargs="*", metavar="R", help="R2 to R10; R9 is R9a and R9b")
+    option("rounds", nargs="*", metavar="R", help="R2 to R10 (R9 is R9a and R9b), S1 to S11")
     option("--all", action="store_true", help="every round that has runs")
     option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where they are (default: runs)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
@@ -431,6 +430,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.ask is not None:
+            from ask import ask    # here, since nothing else needs torch, which takes seconds to import
             print(ask(args.checkpoint, args.ask, max_new=args.max_new, temperature=args.temperature,
                       top_p=args.top_p))
             return 0

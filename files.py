@@ -1,8 +1,10 @@
-"""Nothing half written: the one way in which this project puts a file under its final name.
+"""Files: the one way in which this project puts one under its final name, and tensors in and out.
 
 A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
 name in the same folder, flushed to the disk, and only then renamed, which the file system does in one step: a
 reader sees the whole old file or the whole new one, never a part.
+
+torch is imported where it is used: a report on records needs none of it.
 """
 
 import contextlib
@@ -10,8 +12,6 @@ import os
 import tempfile
 from pathlib import Path
 from typing import IO, Iterator
-
-import torch
 
 
 @contextlib.contextmanager
@@ -42,9 +42,35 @@ def save_tensors(value, path: str | Path) -> None:
     """torch.save, whole or not at all.
     Raises OSError, also for a full disk, which torch calls a RuntimeError.
     """
+    import torch
     try:
         with atomic_write(path) as file:
             torch.save(value, file)
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be written, is the disk full? "
                       f"({str(error).splitlines()[0][:120]})") from error
+
+
+def load_weights(path: str | Path) -> dict:
+    """A file's state dict of dense float tensors, on the CPU. Nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError that names file and fault.
+    """
+    import torch
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:    # torch raises half a dozen types here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint, is it whole? ({reason[:160]})") from error
+
+    def is_plain(name, value) -> bool:
+        is_tensor = isinstance(name, str) and isinstance(value, torch.Tensor)
+        return (is_tensor and value.is_floating_point() and value.layout == torch.strided
+                and not value.is_meta)
+
+    if not isinstance(weights, dict) or not all(is_plain(*item) for item in weights.items()):
+        raise ValueError(f"{path}: not a state dict of dense float tensors, so not an RWKV-7 checkpoint")
+    return weights

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files import save_tensors
+from files import load_weights, save_tensors
 from wkv import wkv
 
 LAYER_NORM_EPS = 1e-5
@@ -97,12 +97,6 @@ class Layout(NamedTuple):
     lengths: torch.Tensor | None    # (B,), of the tokens before the answer; None: all columns
     padding: torch.Tensor | None    # (B, columns, 1), True where there is no token; None: nowhere
     answer: int                     # A, the columns at the right that belong to answers
-
-
-def is_plain(value) -> bool:
-    """Whether a value from a file is a tensor that can be a parameter."""
-    is_tensor = isinstance(value, torch.Tensor)
-    return is_tensor and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
 
 
 def beyond(columns: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -331,17 +325,7 @@ class RWKV7(nn.Module):
 
         Nothing in the file is executed. Raises FileNotFoundError, or ValueError that names file and fault.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:    # torch raises half a dozen types here
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{path}: not a readable checkpoint, is it whole? ({reason[:160]})") from error
-        is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-        if not is_dict or not all(is_plain(tensor) for tensor in weights.values()):
-            raise ValueError(f"{path}: not a state dict of dense float tensors, so not an RWKV-7 checkpoint")
+        weights = load_weights(path)
         try:
             config = Config.from_weights(weights)
             with torch.device("meta"):    # shapes only: the file's tensors become the parameters

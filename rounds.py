@@ -145,10 +145,11 @@ def checked(key: str, value, kind: type, where: str):
     return value
 
 
-def known(key: str, keys, where: str) -> str:
-    if key not in keys:
-        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(keys)}")
-    return key
+def setting(key: str, value, where: str):
+    """`checked`, for a key that may be wrong too."""
+    if key not in SETTINGS:
+        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
+    return checked(key, value, SETTINGS[key], where)
 
 
 def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) -> dict:
@@ -187,10 +188,7 @@ def miniature(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
     values = {key: value for key, value in table.items() if not isinstance(value, dict)}
     values |= table.get(round.task, {})
     where = f"{path}, [standin]"
-    return dataclasses.replace(round, **{
-        key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
-        for key, value in values.items()
-    })
+    return dataclasses.replace(round, **{key: setting(key, value, where) for key, value in values.items()})
 
 
 def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
@@ -205,10 +203,7 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
             check_parts(table, tables, where)
         if name in NOT_ROUNDS or "parts" in table:
             continue
-        values = {
-            key: checked(known(key, SETTINGS, where), value, SETTINGS[key], where)
-            for key, value in resolve(name, tables, where).items()
-        }
+        values = {key: setting(key, value, where) for key, value in resolve(name, tables, where).items()}
         missing = [key for key in SETTINGS if key not in values]
         if missing:
             raise ValueError(f"{where}: {', '.join(missing)} not set")
@@ -268,11 +263,10 @@ def with_settings(round: Round, pairs: list[str]) -> Round:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair}: write key=value")
-        known(key, SETTINGS, f"--set {pair}")
         try:
             parsed = tomllib.loads(f"value = {text}")
         except (tomllib.TOMLDecodeError, RecursionError):
             parsed = {}
         value = parsed["value"] if list(parsed) == ["value"] else text
-        changes[key] = checked(key, value, SETTINGS[key], f"--set {pair}")
+        changes[key] = setting(key, value, f"--set {pair}")
     return dataclasses.replace(round, **changes)

@@ -29,7 +29,6 @@ def pick(logits, temperature: float, top_p: float, random: torch.Generator | Non
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     # the nucleus: the likeliest tokens up to and including the one at which their sum reaches top_p
     outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
-    outside[:, 0] = False
     drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=random)    # (B, 1)
     return tokens.gather(1, drawn).squeeze(1)
 

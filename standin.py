@@ -1,18 +1,19 @@
 """The built-in stand-in: a task and a base so small that every round runs anywhere, in minutes.
 
-Where a round's own base or data cannot be had, it runs on questions that data.standin_records makes up, from
-a base that this file trains on first use, in a minute or two: `python train.py --round standin --seed 1`.
+Where a round's own base or data cannot be had, it runs on questions that this file makes up, from a base
+that it trains on first use, in a minute or two: `python train.py --round standin --seed 1`.
 That base is what the published one is to the log, a model that answers well while the question comes first:
 it was pretrained so, without Future-Seed. Post-training then puts the question last. [standin] in rounds.toml
 has the lengths and steps; a round keeps its task, its order and its Future-Seed.
 
 The base is an official checkpoint but for its vocabulary: only the tokens that the stand-in's questions need,
-a hundred of 65536, in their order, from 1 on.
+162 of 65536, in their order, from 1 on.
 
 Shapes: B batch rows, T prompt tokens, A answer tokens.
 """
 
 import functools
+import hashlib
 import random
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +23,7 @@ import torch
 import torch.nn as nn
 
 from arm import Arm, Stopped, catch_signals, duration, make_optimizer, say, stop_requested, update
-from data import (LABELS, NAMES, VERBS, Example, collate, make_example, read_arc, read_hotpotqa,
-                  standin_records)
+from data import Example, collate, make_example, read_arc, read_hotpotqa
 from files import save_tensors
 from model import RWKV7, Config
 from rounds import Round, load_rounds, miniature
@@ -38,6 +38,52 @@ PASSED = 0.99        # the accuracy that the test asks for
 QUESTIONS = 1024     # in the test, from the validation split
 USUAL_STEPS = {"arc": 450, "hotpotqa": 270}    # twice as many, and the attempt has failed
 ATTEMPTS = 5
+
+
+# ---- questions ---------------------------------------------------------------------------------------------
+
+# every word is one token, at the start of a line or after a space; few words, for a small model to learn
+NAMES = ("Ann Bob Tom Sam Max Ben Dan Kim Amy Lee Joe Jim Jack John Mary Paul Mark Anna Alex Adam Eric Ryan "
+         "Luke Jane Kate Rose Ruby Nick Mike Dave Peter David").split()
+VERBS = ("runs sings eats jumps reads walks plays works writes speaks moves lives falls rises waits "
+         "drives").split()
+LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int) -> list[dict]:
+    """n generated records in the official format of a task: looking up one of n_facts, all equally likely.
+
+    hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
+    arc: the options "A. Ann", "B. Bob", …; "Who is Bob?"; "B" (2 to 26 facts).
+
+    Paragraphs have no titles, and a fact is three tokens there and four here, since the stand-in trains on a
+    CPU. No question can be answered without the facts. A hash of the facts, in whatever order, and the
+    question decides which split they are in: training and validation share none, and from three facts on
+    neither runs out. Raises ValueError for an unknown split or n_facts out of range.
+    """
+    most = len(NAMES) if task == "hotpotqa" else len(LABELS)
+    if split not in ("train", "validation") or not 2 <= n_facts <= most:
+        raise ValueError(f"the stand-in has train and validation, 2 to {most} facts: not {split}, {n_facts}")
+    generator = random.Random(f"{task} {split} {seed}")
+    records: list[dict] = []
+    while len(records) < n:
+        names = generator.sample(NAMES, n_facts)
+        asked = generator.randrange(n_facts)
+        values = generator.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
+        facts = [f"{name} {value}" for name, value in zip(names, values)]
+        identity = " ".join(sorted(facts) + [names[asked]]).encode()
+        if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
+            continue
+        id = f"standin-{split}-{seed}-{len(records)}"
+        if task == "arc":
+            choices = [{"text": name, "label": label} for name, label in zip(names, values)]
+            records.append({"id": id, "question": {"stem": f"Who is {names[asked]}?", "choices": choices},
+                            "answerKey": values[asked]})
+        else:
+            records.append({"_id": id, "question": names[asked], "answer": values[asked], "type": "bridge",
+                            "level": "easy", "supporting_facts": [["", 0]],
+                            "context": [["", [fact]] for fact in facts]})
+    return records
 
 
 class SmallTokenizer(Tokenizer):
@@ -67,8 +113,6 @@ class SmallTokenizer(Tokenizer):
 
 small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
 
-
-# ---- questions ---------------------------------------------------------------------------------------------
 
 def make_examples(round: Round, split: str, n: int, seed, n_facts: int, order: str,
                   tokenizer: SmallTokenizer) -> list[Example]:
@@ -112,7 +156,7 @@ class Pace:
     loss: float = 2.0    # running mean of the steps' losses, nats
 
 
-def fresh_arm(round: Round, seed: int, attempt: int, tokenizer: SmallTokenizer) -> Arm:
+def fresh_arm(seed: int, attempt: int, tokenizer: SmallTokenizer) -> Arm:
     vocab_size = 1 + len(tokenizer.number)
     config = Config(LAYERS, CHANNELS, HEAD_SIZE, vocab_size, FFN, RANK, RANK, RANK, RANK)
     seed = ATTEMPTS * seed + attempt
@@ -142,7 +186,7 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
     unfinished = path.with_suffix(".unfinished")
     validation = validation_examples(replace(round, n_val=QUESTIONS), tokenizer)
     pace = Pace()
-    arm = fresh_arm(round, seed, 0, tokenizer).to(device)
+    arm = fresh_arm(seed, 0, tokenizer).to(device)
     optimizer = make_optimizer(arm, round)
     if unfinished.exists():
         try:
@@ -190,7 +234,7 @@ def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device
                 raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
             say(f"{name}: has not learned it in {2 * USUAL_STEPS[task]} steps; starting over, otherwise")
             started, first = time.monotonic(), 0
-            arm = fresh_arm(round, seed, pace.attempt, tokenizer).to(device)
+            arm = fresh_arm(seed, pace.attempt, tokenizer).to(device)
             optimizer = make_optimizer(arm, round)
     arm.model.save(path)
     unfinished.unlink(missing_ok=True)

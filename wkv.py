@@ -16,7 +16,7 @@ Four functions, all (r, log_w, k, v, a, b, state=None) -> (y, final state):
 
 r, log_w, k, v, a, b are (B, T, H, N). log_w is in (-0.6066, 0], as RWKV-7 makes it (-exp(-0.5) sigmoid): that
 makes the chunked forms safe. The state is (B, H, N, N), [value, key], fp32 (fp64 where v is); None means
-zeros. y has v's dtype. A position with log_w = k = v = a = b = 0 leaves the state as it is, bit for bit.
+zeros. y has v's dtype. A position with log_w = k = v = a = b = 0 leaves the state as it is.
 
 Reference: Peng et al. 2025, "RWKV-7 Goose" (arXiv:2503.14456). The chunked form is that of Yang et al. 2024,
 "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (arXiv:2406.06484), with decay.
@@ -100,7 +100,7 @@ def _checked(r, log_w, k, v, a, b, state) -> tuple[tuple[Tensor, ...], Tensor]:
 # products, and a short loop carries the state through it. The code holds states transposed, as [key, value].
 #
 # M is a triangular solve. Doubling, (I + X)(I + X^2)(I + X^4)..., is not an option: where keys repeat,
-# powers of X grow to 1e9 and cancel. Dividing by P is safe: P_L >= 4e-9 for L = 32. No later token changes
+# powers of X grow to 1e9 and cancel. Dividing by P is safe: P_L > 3e-9 for L = 32. No later token changes
 # an earlier y, not even its rounding: c is summed from the left, and what is masked is exactly zero.
 
 
@@ -273,7 +273,7 @@ def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence on a GPU. Shapes and errors as in wkv_reference; not fp64; N is 16, 32, 64 or 128.
 
     With v in bf16, all but log_w and the states is rounded to bf16 for the tensor cores (errors to 5e-3 in y,
-    1e-2 in gradients); else all is fp32, by wkv_chunked if gradients are needed. OSError without a kernel.
+    1e-2 in gradients, and up to 3 times that where keys repeat); else all is fp32, by wkv_chunked if gradients are needed. OSError without a kernel.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
     if not v.is_cuda or v.dtype == torch.float64 or v.shape[-1] not in HEAD_SIZES:

@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import data
 import download as download_module
+import standin
 from data import (Example, batches, collate, fingerprint, index_records, load_examples, make_example,
-                  read_arc, read_hotpotqa, standin_records)
+                  read_arc, read_hotpotqa)
 from download import download, read_members
+from standin import standin_records
 from tokenizer import Tokenizer
 
 ROOT = Path(data.__file__).parent
@@ -437,8 +439,8 @@ def test_standin_records_are_official_and_answerable(task, n_facts):
 @pytest.mark.parametrize("task", ["arc", "hotpotqa"])
 def test_standin_splits_are_disjoint(task, monkeypatch):
     """Catches: validation questions that were trained on, in whatever order their facts stood."""
-    monkeypatch.setattr(data, "NAMES", data.NAMES[:5])
-    monkeypatch.setattr(data, "VERBS", data.VERBS[:2])
+    monkeypatch.setattr(standin, "NAMES", standin.NAMES[:5])
+    monkeypatch.setattr(standin, "VERBS", standin.VERBS[:2])
 
     def questions(split, seed):
         found = set()
@@ -465,9 +467,9 @@ def test_standin_is_its_seeds():
 
 def test_standin_words_are_single_tokens():
     """Catches: a word that the vocabulary splits, which would give some facts more tokens than others."""
-    assert all(len(TOKENIZER.encode(" " + word)) == 1 for word in data.NAMES + data.VERBS)
-    assert all(len(TOKENIZER.encode(name)) == 1 for name in data.NAMES)
-    assert len(set(data.NAMES)) == 32 and len(set(data.VERBS)) == 16
+    assert all(len(TOKENIZER.encode(" " + word)) == 1 for word in standin.NAMES + standin.VERBS)
+    assert all(len(TOKENIZER.encode(name)) == 1 for name in standin.NAMES)
+    assert len(set(standin.NAMES)) == 32 and len(set(standin.VERBS)) == 16
 
 
 def test_standin_answers_are_balanced():

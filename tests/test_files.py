@@ -126,3 +126,9 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path):
         assert path.read_text() == "two, longer"
     assert path.read_text() == "one"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_report_does_not_wait_for_torch():
+    """Catches an import that makes `python eval.py R8` seconds slower."""
+    command = "import sys, eval; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import arm
 import standin
 import train
-from data import make_example, standin_records
+from data import make_example
 from eval import main as report_main
 from model import RWKV7
 from rounds import load_rounds, miniature
+from standin import standin_records
 
 ROUNDS = load_rounds()
 SMALL = standin.small_tokenizer()
@@ -236,7 +237,7 @@ def test_real_and_stand_in_do_not_share_a_folder(quick, tmp_path, capsys):
 
 def test_a_base_of_another_vocabulary_is_named(quick, tmp_path, capsys):
     """Catches a base of an older stand-in, whose ids mean other words."""
-    config = standin.fresh_arm(miniature(ROUNDS["R7"]), 0, 0, SMALL).model.config
+    config = standin.fresh_arm(0, 0, SMALL).model.config
     model = RWKV7.init(dataclasses.replace(config, vocab_size=20))
     path = tmp_path / "assets" / "weights" / "standin-hotpotqa-seed3.pth"
     path.parent.mkdir(parents=True)
