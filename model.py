@@ -129,33 +129,26 @@ class TimeMix(nn.Module):
         C, H, N = config.n_embd, config.n_head, config.head_size
         self.layer = layer
 
+        def zeros(*shape):
+            return nn.Parameter(torch.zeros(shape))
+
+        def adapter(rank):
+            """Of low rank: x -> bias + f(x @ first) @ second."""
+            return zeros(1, 1, C), zeros(C, rank), zeros(rank, C)
+
         # how much of the previous token each projection sees
-        self.x_r = nn.Parameter(torch.zeros(1, 1, C))
-        self.x_w = nn.Parameter(torch.zeros(1, 1, C))
-        self.x_k = nn.Parameter(torch.zeros(1, 1, C))
-        self.x_v = nn.Parameter(torch.zeros(1, 1, C))
-        self.x_a = nn.Parameter(torch.zeros(1, 1, C))
-        self.x_g = nn.Parameter(torch.zeros(1, 1, C))
-
-        # low-rank adapters, x -> bias + f(x @ first) @ second, for the decay, the in-context learning rate,
-        # the value residual and the gate
-        self.w0 = nn.Parameter(torch.zeros(1, 1, C))
-        self.w1 = nn.Parameter(torch.zeros(C, config.rank_w))
-        self.w2 = nn.Parameter(torch.zeros(config.rank_w, C))
-        self.a0 = nn.Parameter(torch.zeros(1, 1, C))
-        self.a1 = nn.Parameter(torch.zeros(C, config.rank_a))
-        self.a2 = nn.Parameter(torch.zeros(config.rank_a, C))
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (zeros(1, 1, C) for _ in range(6))
+        self.w0, self.w1, self.w2 = adapter(config.rank_w)    # decay
+        self.a0, self.a1, self.a2 = adapter(config.rank_a)    # in-context learning rate
+        self.v0, self.v1, self.v2 = adapter(config.rank_v)    # value residual
+        _, self.g1, self.g2 = adapter(config.rank_g)          # gate
         # block 0 has nothing below to mix values with: its copy is in official files but plays no part
-        used = layer > 0
-        self.v0 = nn.Parameter(torch.zeros(1, 1, C), requires_grad=used)
-        self.v1 = nn.Parameter(torch.zeros(C, config.rank_v), requires_grad=used)
-        self.v2 = nn.Parameter(torch.zeros(config.rank_v, C), requires_grad=used)
-        self.g1 = nn.Parameter(torch.zeros(C, config.rank_g))
-        self.g2 = nn.Parameter(torch.zeros(config.rank_g, C))
+        for unused in (self.v0, self.v1, self.v2) if layer == 0 else ():
+            unused.requires_grad_(False)
 
-        self.k_k = nn.Parameter(torch.zeros(1, 1, C))    # key -> removal key
-        self.k_a = nn.Parameter(torch.zeros(1, 1, C))    # how far the learning rate scales the key
-        self.r_k = nn.Parameter(torch.zeros(H, N))       # weight of the bonus for the current token
+        self.k_k = zeros(1, 1, C)    # key -> removal key
+        self.k_a = zeros(1, 1, C)    # how far the learning rate scales the key
+        self.r_k = zeros(H, N)       # weight of the bonus for the current token
 
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
