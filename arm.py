@@ -335,7 +335,7 @@ class ArmRun:
                 save_tensors({name: tensor.cpu() for name, tensor in fs.state_dict().items()},
                              self.folder / "fs.pth")
             self.write_run("done")
-            (self.folder / "checkpoint.pt").unlink()
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def finished(self) -> bool:
         """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
@@ -383,14 +383,16 @@ class ArmRun:
         for step, losses, ids in self.pending:
             losses = gathered(losses.tolist())
             mean = sum(losses) / len(losses)
-            if not mean < float("inf"):
-                at_checkpoint = ("the last checkpoint is kept" if self.has_checkpoint()
-                                 else "nothing was saved yet")
-                raise ValueError(f"{self.name}: the loss at step {step} is {mean} "
-                                 f"(examples {', '.join(gathered(ids))}); {at_checkpoint}; "
-                                 f"a lower lr may help, as in --set lr={self.round.lr / 3:.1g}")
+            examples = ", ".join(gathered(ids))
+            self.check_finite(mean, f"the loss at step {step} is {mean} (examples {examples})")
             self.progress.metrics.append({"step": step, "train_loss": mean})
         self.pending.clear()
+
+    def check_finite(self, loss: float, says: str) -> None:
+        if not loss < float("inf"):
+            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+            raise ValueError(f"{self.name}: {says}; {kept}; a lower lr may help, as in "
+                             f"--set lr={self.round.lr / 3:.1g}")
 
     def print_progress(self) -> None:
         step, seconds = self.progress.step, self.progress.seconds
@@ -418,9 +420,10 @@ class ArmRun:
         self.read_losses()
         step = self.progress.step
         records = self.scored(self.arm.fs)
+        last = {"step": step, **summarise(records)}
+        self.check_finite(last["loss"], f"the validation loss after step {step} is {last['loss']}")
         self.progress.records += records
-        self.progress.metrics.append({"step": step, **summarise(records)})
-        last = self.progress.metrics[-1]
+        self.progress.metrics.append(last)
         say(f"{self.name}: step {step}, validation loss {last['loss']:.4f}, "
             f"token accuracy {last['accuracy']:.4f}, exact match {last['exact']:.4f}, F1 {last['f1']:.4f}")
 

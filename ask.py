@@ -45,14 +45,15 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
         theirs; max_new, tokens; temperature, 0 for greedy; top_p, see `generate`.
     Raises: ValueError or OSError naming the file, or the value that is out of range.
     """
-    if max_new < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError("--max-new must be 1 or more, --temperature 0 or more, --top-p above 0 and up to 1")
     prompt = text if text.rstrip().endswith("Answer:") else f"Question:\n{text.strip()}\n\nAnswer:"
     model = RWKV7.load(checkpoint)
     tokenizer = Tokenizer()
     if model.config.vocab_size < len(tokenizer.tokens):    # not an official one: the stand-in's?
         small = small_tokenizer()
-        tokenizer = small if model.config.vocab_size == len(small.tokens) else tokenizer
+        if model.config.vocab_size == len(small.tokens):
+            tokenizer, max_new = small, 1    # its answers are a token long, and nothing marks their end
     fs = trained_seed(Path(checkpoint), model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

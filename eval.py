@@ -47,7 +47,6 @@ EXAMPLES = f"""examples:
   python eval.py --all --markdown           a table for pasting; --json for programs
   python eval.py --log                      the log's own table, recomputed, with t-tests
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
-                                            (of a model trained on the stand-in: a prompt of its kind)
 
 the verdict on a round, by a rule fixed before any run: {RULE}"""
 
@@ -235,7 +234,7 @@ def text_of(result: dict) -> str:
         alike = f"{noise['spread_same']:.4f} if all its runs drew alike"
         lines.append(f"  of the seed spread {log['std']:.4f} reported in the log, {noise['spread']:.4f} is "
                      f"expected from its protocol alone ({alike})")
-    if S > 1:
+    if S > 1 and result["over_seeds"]["acc"]["low"] < result["over_seeds"]["acc"]["high"]:
         seeds = f"{enough['seeds']} seeds" if enough["seeds"] else "more than 200 seeds"
         more = f"{enough['questions']} questions" if enough["questions"] else "no number of questions"
         lines.append(f"  to see a d_acc of {enough['effect']} 4 times out of 5: {seeds} on these {n} "
@@ -273,11 +272,13 @@ def markdown_of_standins(results: list[dict]) -> str:
         if row not in rows:
             rows.append(row)
 
-    for result in results:
+    blocks = list(dict.fromkeys((result["task"], result["order"]) for result in results))
+    for result in sorted(results, key=lambda result: blocks.index((result["task"], result["order"]))):
         over, jumped = result["over_seeds"]["acc"], result["jumped"]
         without, with_fs = ({line["seed"]: line["acc"][arm] for line in result["per_seed"]} for arm in ARMS)
         add(f"no_fs, {result['task']}, {result['order']}", without, str(jumped["no_fs"]))
-        difference = f"{over['mean']:+.3f} {interval(over)}, {over['p_seeds']:.3f}: {result['verdict']}"
+        p = f", {over['p_seeds']:.3f}" if len(result["seeds"]) > 1 else ""
+        difference = f"{over['mean']:+.3f} {interval(over)}{p}: {result['verdict']}"
         title = "<br>".join([f"{result['round']}: {result['title']}", *result["labels"][1:]])
         add(title, with_fs, str(jumped["prompt_fs"]), difference)
         add(f"{result['round']}, its seed switched off", result["seed_off"])
@@ -314,8 +315,6 @@ def text_of_log(rounds: list[Round]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- for train.py ------------------------------------------------------------------------------------------
-
 def finished(name: str, runs_dir: str | Path) -> tuple[Runs, list[str]]:
     """The finished seeds of a round, and a line on those that are left out, if there are any."""
     done = seeds_on_disk(name, runs_dir, finished=True)
@@ -324,13 +323,10 @@ def finished(name: str, runs_dir: str | Path) -> tuple[Runs, list[str]]:
     return read_round(name, runs_dir, done), note
 
 
-def report(names: list[str], runs_dir: str | Path = "runs") -> str:
-    """The text of `python eval.py NAMES` for the finished seeds. Raises as `read_round`."""
-    rounds, parts = load_rounds(), []
-    for name in expand(names):
-        runs, note = finished(name, runs_dir)
-        parts.append(text_of(analyse(runs, rounds[name])) + "".join(f"  {line}\n" for line in note))
-    return "\n".join(parts)
+def report(round: Round, runs_dir: str | Path = "runs") -> str:
+    """The text of `python eval.py NAME` for the finished seeds. Raises as `read_round`."""
+    runs, note = finished(round.name, runs_dir)
+    return text_of(analyse(runs, round)) + "".join(f"  {line}\n" for line in note)
 
 
 def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
@@ -371,7 +367,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where they are (default: runs)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
-    option("--plot", metavar="FILE", help="draw a figure too: .png, .svg or .pdf")
+    option("--plot", type=Path, metavar="FILE", help="draw a figure too: .png, .svg or .pdf")
     option("--markdown", action="store_true", help="print a Markdown table")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
@@ -384,8 +380,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--ask TEXT and --checkpoint PATH go together")
     if not (args.rounds or args.all or args.log or args.ask is not None):
         parser.error("name a round, or give --all, --log or --ask (see --help)")
+    if args.log and (args.json or args.markdown or args.plot):
+        parser.error("--log is a plain table: leave --json, --markdown and --plot out")
     if args.plot and Figure is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {args.plot}: must end in .png, .svg or .pdf")
     return args
 
 

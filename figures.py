@@ -1,5 +1,8 @@
 """Figures of eval.py's results: a report on rounds, or the study on the stand-in. They need matplotlib."""
 
+from pathlib import Path
+
+from files import atomic_write
 from records import ARMS, METRICS
 from stats import EFFECT
 
@@ -9,11 +12,12 @@ except ImportError:    # figures are optional
     Figure = None
 
 
-def draw(results: list[dict], path: str) -> None:
-    """The study if all results are the stand-in's, else the report."""
+def draw(results: list[dict], path: Path) -> None:
+    """The study if all results are the stand-in's, else the report; the suffix of path says in which format."""
     made_up = all(result["standin"] for result in results)
     figure = (draw_study if made_up else draw_report)(results)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix[1:])
 
 
 def draw_study(results: list[dict]):

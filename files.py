@@ -13,6 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import IO, Iterator
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None    # Windows
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -36,6 +41,30 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, made if need be, and clear away what killed ones left half
+    written. Raises ValueError where another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):    # some network disks have no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
+                                 "--runs DIR") from None
+        for leftover in folder.glob(".*.????????"):
+            leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_tensors(value, path: str | Path) -> None:

@@ -142,7 +142,7 @@ def seeds_on_disk(name: str, runs_dir: str | Path, finished: bool = False) -> li
     """The seeds of a round that have a folder; with `finished`, those whose two arms are both done."""
     seeds = []
     for folder in (Path(runs_dir) / name).glob("seed*"):
-        if folder.name[4:].isdecimal():
+        if folder.name[4:].isdecimal() and folder.is_dir():
             arms = [folder / arm for arm in ARMS if (folder / arm / "run.json").exists()]
             if not finished or len(arms) == 2 and all(read_run(arm)["status"] == "done" for arm in arms):
                 seeds.append(int(folder.name[4:]))
@@ -157,7 +157,7 @@ def read_round(name: str, runs_dir: str | Path = "runs", seeds: list[int] | None
     steps.
     """
     folder = Path(runs_dir) / name
-    seeds = seeds_on_disk(name, runs_dir) if seeds is None else seeds
+    seeds = seeds_on_disk(name, runs_dir) if seeds is None else list(dict.fromkeys(seeds))
     if not seeds:
         raise FileNotFoundError(f"{folder}: no runs; run python train.py --round {name}, or name --runs DIR")
     tables, unfinished, seed_off, first, no_fs = {}, [], {}, None, {}

@@ -134,8 +134,8 @@ def checked(key: str, value, kind: type, where: str):
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
-    if kind is float and not abs(value) < float("inf"):
-        raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
+    if kind is float and not abs(value) < 1e38:
+        raise ValueError(f"{where}: {key} must be a finite number that fp32 can hold, not {value!r}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
     if key in AT_LEAST and value < AT_LEAST[key]:

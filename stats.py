@@ -29,7 +29,7 @@ JUMP = 0.5            # an arm on the stand-in that ends above this has learned 
 RULE = (
     "positive: the 95% interval of the mean d_acc over seeds lies above 0; negative: it lies below 0; "
     f"no effect larger than {EFFECT}: it lies between -{EFFECT} and +{EFFECT}; inconclusive: anything else, "
-    "and always with a single seed"
+    "and always with a single seed, or where the arms differ in nothing"
 )
 POWER = 0.8           # "to see an effect" means to see it in so many of all repetitions
 EXACT_FLIPS = 12      # up to so many values, all 2^12 sign patterns are tried
@@ -37,7 +37,7 @@ EXACT_FLIPS = 12      # up to so many values, all 2^12 sign patterns are tried
 
 def verdict(low: float, high: float, seeds: int) -> str:
     """RULE, decided before any run of this project was looked at."""
-    if seeds < 2:
+    if seeds < 2 or low == high:
         return "inconclusive"
     if low > 0:
         return "positive"
@@ -137,8 +137,11 @@ def needed(x, effect: float = EFFECT) -> tuple[int | None, int | None]:
     """Seeds needed on these questions, and questions needed with these seeds, to see an effect.
 
     Args: x (S, n), which gives the variances. "To see" is to get a 95% interval without 0, 4 times out of 5.
-    Returns None for more than 200 seeds or a million questions: the other of the two then limits alone.
+    Returns None for more than 200 seeds or a million questions: the other of the two then limits alone; and
+    twice None where x does not vary, from which nothing can be guessed.
     """
+    if np.ptp(x) == 0:
+        return None, None
     by_seed, question, rest = components(x)
     seed = np.maximum(by_seed - rest / x.shape[1], 0)
 

@@ -10,6 +10,7 @@ Reference: the Future-Seed post-training experiment log; rounds.toml holds its r
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from arm import ArmRun, Stopped, is_main, make_reproducible, say, world_size
 from data import Example, load_examples
 from download import download
 from eval import report, write_summary
+from files import locked
 from model import RWKV7, Config
 from records import ARMS
 from rounds import SETTINGS, Round, expand, load_rounds, miniature, seeds_of, with_settings
@@ -158,6 +160,13 @@ def chosen_seeds(args: argparse.Namespace, default: tuple[int, ...]) -> list[int
     return list(default) if args.seeds is None else seeds_of(args.seeds)
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Raises OSError where a folder cannot be written, or made: before hours of work, not after."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"{folder}: cannot be written; name another folder with {option} DIR")
+
+
 def list_rounds(runs: Path) -> None:
     """Every round's recipe, the log's numbers, and the seeds that are on disk."""
     for name, round in load_rounds().items():
@@ -242,6 +251,7 @@ def standin_base(task: str, seed: int, args: argparse.Namespace, tokenizer: Smal
     """Where a seed's stand-in base lies, trained first if it is not there."""
     path = args.assets / "weights" / f"standin-{task}-seed{seed}.pth"
     if is_main() and not path.exists():
+        check_writable(path.parent, "--assets")
         pretrain(task, seed, path, tokenizer, torch.device(args.device))
     if world_size() > 1:
         dist.barrier()
@@ -285,6 +295,8 @@ def show_answers(material: Material, folder: Path, n: int = 4) -> None:
         print("  " + " ".join(material.tokenizer.decode(example.prompt).replace("\n\n", ", ").split()))
         given = ", ".join(f"{arm} says {answers[arm][i]}" for arm in ARMS)
         print(f"    right is {example.text}; {given}")
+    prompt = material.tokenizer.decode(material.validation[0].prompt).replace("\n", "\\n")
+    print(f"  to ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'{prompt}'")
 
 
 def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
@@ -302,16 +314,19 @@ def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
     for arm, state in zip(arms, states):
         if state == "done":
             say(f"{arm.name}: done before; --fresh runs it again")
-        elif args.fresh or not arm.copy_twin(args.runs):
-            arm.run()
+            continue
+        with locked(arm.folder) if is_main() else contextlib.nullcontext():
+            if args.fresh or not arm.copy_twin(args.runs):
+                arm.run()
     if is_main() and args.arm == "both":
         try:
             write_summary(round, args.runs)
-            print(report([round.name], args.runs))
+            print(report(round, args.runs))
         except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
             say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
-        if round.facts:
-            show_answers(material, folder)
+        else:
+            if round.facts:
+                show_answers(material, folder)
 
 
 def make_standins(args: argparse.Namespace, share: slice) -> None:
@@ -331,6 +346,7 @@ def run(args: argparse.Namespace) -> None:
     rounds = [with_settings(all_rounds[name], args.settings)
               for name in expand([name for name in args.round if name != "standin"])]
     seeds = [chosen_seeds(args, round.seeds) for round in rounds]
+    check_writable(args.runs, "--runs")
     share = slice(None)
     processes = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     if processes > 1:

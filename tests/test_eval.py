@@ -559,7 +559,7 @@ def test_summary_file_is_the_logs(tmp_path):
     assert lines[2].startswith("L=4096 pairs=2 mean d_acc=") and "sign(+/0/-)=" in lines[2]
     assert [line.split(" d_acc")[0] for line in lines[3:5]] == ["  seed=0", "  seed=1"]
     assert lines[-1] == "left out, not finished: seed 2"
-    text = report(["R8"], tmp_path)
+    text = report(ROUNDS["R8"], tmp_path)
     assert "2 seeds on 30 examples" in text and "left out, not finished: seed 2" in text
     assert seeds_on_disk("R8", tmp_path) == [0, 1, 2]
     assert seeds_on_disk("R8", tmp_path, finished=True) == [0, 1]

@@ -1,6 +1,7 @@
 """Files are written whole or not at all: exceptions, full disks, readers that look at the wrong moment."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from files import atomic_write
+from files import atomic_write, locked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,3 +133,21 @@ def test_a_report_does_not_wait_for_torch():
     """Catches an import that makes `python eval.py R8` seconds slower."""
     command = "import sys, eval; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    """Catches two runs in one folder, a lock that outlives its process, and what killed ones left behind."""
+    folder = tmp_path / "arm"
+    with locked(folder):
+        with atomic_write(folder / "kept"):
+            pass
+        with pytest.raises(ValueError, match="another process"), locked(folder):
+            pass
+    child = os.fork()
+    if child == 0:
+        with locked(folder), atomic_write(folder / "checkpoint.pt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(os.listdir(folder)) == 2
+    with locked(folder):
+        assert os.listdir(folder) == ["kept"]

@@ -318,3 +318,24 @@ def test_seeds_come_from_the_command_or_the_round(monkeypatch, capsys):
     assert ran == [0, 1, 2, 7, 8, 4, 5, *((task, seed) for task in ("arc", "hotpotqa") for seed in range(3))]
     assert train.main(["--round", "R3", "--seed", "-1"]) == 2
     assert "--seed -1" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- what a run must not leave behind ----------------------------------------------------------------------
+
+def test_weights_that_diverged_are_neither_kept_nor_done(quick, tmp_path, capsys):
+    """Catches a last step that ruins the weights: its training loss was still fine."""
+    diverges = arguments(tmp_path, "--arm", "no_fs", quick_settings=[*QUICK, "steps=1", "lr=1e30"])
+    assert train.main(diverges) == 2
+    assert "validation loss after step" in capsys.readouterr().err.splitlines()[-1]
+    assert run_of(tmp_path, "R6")["status"] == "running"
+    saved = torch.load(tmp_path / "runs/R6/seed3/no_fs/checkpoint.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in saved["arm"].values())
+
+
+def test_damaged_records_of_a_finished_run_are_named(quick, tmp_path, capsys):
+    """Catches a traceback, or an error without a file, from showing answers that are not there."""
+    assert train.main(arguments(tmp_path)) == 0
+    assert "python eval.py --checkpoint" in capsys.readouterr().out
+    (tmp_path / "runs/R6/seed3/no_fs/records.jsonl").write_text("")
+    assert train.main(arguments(tmp_path)) == 0
+    assert "no_fs/records.jsonl" in capsys.readouterr().err.splitlines()[-1]

@@ -146,7 +146,8 @@ def test_no_difference_at_all_is_not_an_error():
     low, high = stats.bootstrap_interval(np.zeros((20, 2)))
     assert (low == 0).all() and (high == 0).all()
     assert (stats.sign_flip_p(np.zeros((20, 2))) == 1).all()
-    assert stats.needed(np.zeros((3, 20))) == (2, 10)
+    assert stats.needed(np.zeros((3, 20))) == (None, None)
+    assert stats.verdict(0.0, 0.0, 3) == "inconclusive"
 
 
 # ---- p-values ----------------------------------------------------------------------------------------------
