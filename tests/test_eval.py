@@ -1,5 +1,6 @@
 """Scores and reports: does a record say what the model did, does a report refuse what cannot be compared?"""
 
+import itertools
 import json
 import math
 import string
@@ -19,12 +20,15 @@ from arm import Arm
 from conftest import relative_error
 from data import collate
 from eval import analyse, compare, main, report, text_of, write_summary
+from figures import draw_report, draw_study
 from fs import FutureSeed, prefill
 from model import RWKV7, Config
-from records import read_records, read_round, seeds_on_disk
+from records import ARMS, read_records, read_round, seeds_on_disk
 from rounds import load_rounds, miniature
-from tokenizer import Tokenizer
 from score import exact_match, f1_score, generate, normalise, score, summarise
+from standin import small_tokenizer
+from stats import needed, over_seeds
+from tokenizer import END_OF_DOCUMENT, Tokenizer
 
 ROOT = Path(ruler.__file__).resolve().parent
 ROUNDS = load_rounds()
@@ -165,7 +169,7 @@ def test_future_seed_changes_the_scores(model, fs):
     """Catches a score that drops its fs: both arms would be the same arm."""
     examples = make_examples(6)
     without, with_fs = scored(model, examples), scored(model, examples, fs)
-    assert all(abs(a["loss"] - b["loss"]) > 1e-4 for a, b in zip(without, with_fs) if len(a["id"]) > 1)
+    assert all(abs(a["loss"] - b["loss"]) > 1e-4 for a, b in zip(without, with_fs, strict=True))
 
 
 def test_scores_under_autocast_are_near(model):
@@ -330,6 +334,14 @@ def change_line(folder, number, line):
     path.write_text("\n".join(lines) + "\n")
 
 
+def as_written(runs_dir, arm, seeds=(0, 1, 2), name="R8", step=10):
+    """An arm's acc, loss, EM and F1 at a step, from the lines of its records: (S, n, 4)."""
+    texts = [(Path(runs_dir) / name / f"seed{seed}" / arm / "records.jsonl").read_text() for seed in seeds]
+    runs = [[line for line in map(json.loads, text.splitlines()) if line["step"] == step] for text in texts]
+    return np.array([[(line["correct"] / line["tokens"], line["loss"], line["exact"], line["f1"])
+                      for line in lines] for lines in runs])
+
+
 def test_records_come_back_as_written(tmp_path):
     """Catches scores that land at another example or step: the file's order must not matter."""
     values = (5, "b", 1.0, 1), (0, "a", 2.0, 2), (5, "a", 3.0, 3), (0, "b", 4.0, 4)
@@ -344,7 +356,8 @@ def test_records_come_back_as_written(tmp_path):
 
 
 def test_the_numbers_of_a_report(tmp_path):
-    """Catches the wrong evaluation, swapped arms, a sample deviation, means over tokens."""
+    """Catches the wrong evaluation, swapped arms, a sample deviation, means over tokens, and seeds that are
+    taken for questions where the report says how many would be enough."""
     runs = read_round("R8", write_runs(tmp_path))
     result = analyse(runs, ROUNDS["R8"])
     d_acc = []
@@ -364,7 +377,41 @@ def test_the_numbers_of_a_report(tmp_path):
     assert abs(over["std"] - math.sqrt(sum((d - mean) ** 2 for d in d_acc) / 3)) < 1e-12
     assert over["signs"] == f"{sum(d > 0 for d in d_acc)}/0/{sum(d < 0 for d in d_acc)}" and all(d_acc)
     assert over["p_seeds"] in (0.25, 0.5, 0.75, 1.0)
+    seeds, questions = needed((as_written(tmp_path, "prompt_fs") - as_written(tmp_path, "no_fs"))[..., 0])
+    assert f" {seeds} seeds on these 30 questions, or {questions} questions with 3 seeds" in text_of(result)
+    assert (result["needed"]["seeds"], result["needed"]["questions"]) == (seeds, questions)
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("seeds", [[4], [0, 1, 2]])
+def test_intervals_and_p_values_of_a_report(tmp_path, seeds):
+    """Catches intervals of a wrong width, p-values that are 1 whatever the data, or of one seed alone: twelve
+    questions have few enough sign patterns to try them all."""
+    result = analyse(read_round("R8", write_runs(tmp_path, seeds=seeds, n=12, shift=0.2)), ROUNDS["R8"])
+    x = as_written(tmp_path, "prompt_fs", seeds) - as_written(tmp_path, "no_fs", seeds)    # (S, n, M)
+
+    def p_of(values):
+        patterns = np.array(list(itertools.product((1, -1), repeat=len(values))))
+        return (np.abs(patterns @ values) >= abs(values.sum()) - 1e-9).mean()
+
+    def is_students(found, values):    # which the percentiles of a bootstrap resemble
+        half = 2.201 * values.std(ddof=1) / math.sqrt(12)
+        expected = values.mean() - half, values.mean() + half
+        return np.abs(np.subtract((found["low"], found["high"]), expected)).max() < 0.2 * half
+
+    for m, metric in enumerate(ruler.METRICS):
+        lumpy = metric == "EM"    # one right answer more or less is too much for a comparison with Student
+        for line, values in zip(result["per_seed"], x[..., m], strict=True):
+            assert abs(line[metric]["p"] - p_of(values)) < 1e-12
+            assert lumpy or is_students(line[metric], values)
+        over = result["over_seeds"][metric]
+        assert abs(over["p_questions"] - p_of(x[..., m].mean(axis=0))) < 1e-12
+        assert abs(over["p_seeds"] - p_of(x[..., m].mean(axis=1))) < 1e-12
+        if len(seeds) == 1:
+            assert lumpy or is_students(over, x[0, :, m])
+        else:
+            mean, half = over_seeds(x[..., m])
+            assert np.allclose([over["low"], over["high"]], [mean - half, mean + half])
 
 
 def test_verdicts_of_clear_and_of_no_effects(tmp_path):
@@ -565,22 +612,80 @@ def test_summary_file_is_the_logs(tmp_path):
     assert seeds_on_disk("R8", tmp_path, finished=True) == [0, 1]
 
 
-def test_plot(tmp_path, capsys, monkeypatch):
-    """Catches a figure that cannot be drawn, and a traceback where matplotlib is missing."""
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib.figure", reason="draws figures: pip install matplotlib")
+
+
+def test_plot(tmp_path, matplotlib):
+    """Catches a figure that cannot be drawn."""
     write_runs(tmp_path, "R8")
     write_runs(tmp_path, "R7", seeds=[0])
     target = tmp_path / "report.png"
-    if ruler.Figure is not None:
-        assert main(["--all", "--runs", str(tmp_path), "--plot", str(target)]) == 0
-        assert target.read_bytes()[:4] == b"\x89PNG"
-        write_runs(tmp_path, "S1", standin=True, settings=miniature(ROUNDS["S1"]).settings())
-        target = tmp_path / "study.png"
-        assert main(["S1", "--runs", str(tmp_path), "--plot", str(target)]) == 0
-        assert target.read_bytes()[:4] == b"\x89PNG"
+    assert main(["--all", "--runs", str(tmp_path), "--plot", str(target)]) == 0
+    assert target.read_bytes()[:4] == b"\x89PNG"
+    write_runs(tmp_path, "S1", standin=True, settings=miniature(ROUNDS["S1"]).settings())
+    target = tmp_path / "study.png"
+    assert main(["S1", "--runs", str(tmp_path), "--plot", str(target)]) == 0
+    assert target.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
+    """Catches a traceback where matplotlib is missing."""
+    write_runs(tmp_path, "R8")
     monkeypatch.setattr(ruler, "Figure", None)
     with pytest.raises(SystemExit) as stop:
-        main(["--all", "--runs", str(tmp_path), "--plot", str(target)])
+        main(["--all", "--runs", str(tmp_path), "--plot", str(tmp_path / "report.png")])
     assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
+def colours_of(panel):
+    return {line.get_label(): line.get_color() for line in panel.lines if line.get_label()[0] != "_"}
+
+
+def lines_of(panel, colour):
+    """The x and y of all lines of this colour, in the order of drawing."""
+    return [line.get_xydata().T for line in panel.lines if line.get_color() == colour]
+
+
+def diamonds_of(panel):
+    """The x and y of every single diamond, which in both figures is a d_acc."""
+    return [line.get_xydata()[0] for line in panel.lines if line.get_marker() == "D"]
+
+
+def test_figures_show_each_arm_under_its_own_name(tmp_path, matplotlib):
+    """Catches arms that change places, in the data, in a legend or from one figure to the other, differences
+    with the wrong sign, and numbers of another row."""
+    results, names = [], ("R8", "S1", "S3")
+    for name in names:
+        made_up = {"standin": True, "settings": miniature(ROUNDS[name]).settings()} if name != "R8" else {}
+        write_runs(tmp_path, name, shift=0.3, rng_seed=len(results), **made_up)
+        folder = tmp_path / name / "seed1/prompt_fs"
+        at_step_0 = (folder / "records.jsonl").read_text().splitlines(keepends=True)[:30]
+        (folder / "seed_off.jsonl").write_text("".join(at_step_0))    # unlike both arms' ends
+        results.append(analyse(read_round(name, tmp_path), ROUNDS[name]))
+
+    def means(name, arm, step=10):
+        return as_written(tmp_path, arm, name=name, step=step).mean(axis=1)    # (S, M)
+
+    d_acc = {name: (means(name, "prompt_fs") - means(name, "no_fs"))[:, 0] for name in names}
+    left, *curves = draw_report(results[:1]).axes
+    colours = colours_of(curves[0])
+    for (m, panel), arm in itertools.product(enumerate(curves), ARMS):
+        expected = [([0, 10], values) for values in zip(means("R8", arm, 0)[:, m], means("R8", arm)[:, m])]
+        assert np.allclose(lines_of(panel, colours[arm]), expected)
+    expected = [*d_acc["R8"], d_acc["R8"].mean(), ROUNDS["R8"].log.mean]
+    assert np.allclose(diamonds_of(left), [(value, row) for row, value in enumerate(expected)])
+
+    left, right = draw_study(results[1:]).axes
+    *arms, off = colours_of(left).items()
+    assert dict(arms) == colours and "switched off" in off[0]
+    for row, name in enumerate(names[1:]):
+        shown = [lines_of(left, colour)[row] for _, colour in (*arms, off)]
+        expected = means(name, "no_fs"), means(name, "prompt_fs"), means(name, "prompt_fs", step=0)[1:2]
+        for (x, y), values in zip(shown, expected, strict=True):
+            assert np.allclose(x, values[:, 0]) and (np.abs(y - row) < 0.5).all()
+    assert np.allclose(diamonds_of(right), [(d_acc[name].mean(), row) for row, name in enumerate(names[1:])])
 
 
 def test_the_stand_in_has_a_base_a_seed(tmp_path, capsys):
@@ -632,9 +737,13 @@ def test_jumps_and_seed_off(tmp_path, capsys):
 
 # ---- a question from a person ------------------------------------------------------------------------------
 
-def test_ask(tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer()
+
+
+def test_ask(tmp_path, capsys, monkeypatch, words):
     """Catches an answer without the Future-Seed that the checkpoint was trained with, or a nameless error."""
-    words = Tokenizer()
     monkeypatch.setattr("ask.Tokenizer", lambda: words)    # read once, not for every question
     model = RWKV7.init(Config.published(2, 16, 16, 65536), seed=3)
     with torch.no_grad():
@@ -672,6 +781,26 @@ def test_ask(tmp_path, capsys, monkeypatch):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
     assert main(["--ask", "x", "--checkpoint", str(tmp_path / "none.pth")]) == 2
+
+
+def test_ask_in_the_stand_ins_vocabulary(tmp_path, capsys, monkeypatch, words):
+    """Catches a stand-in's model that is asked in the official vocabulary, and an answer that goes on after
+    the end of the document or of the line: this model knows which token follows which, and nothing else."""
+    monkeypatch.setattr("ask.Tokenizer", lambda: words)
+    small = small_tokenizer()
+    model = RWKV7.init(Config.published(1, 64, 64, len(small.tokens)), seed=3)
+    texts = [":", " runs", " eats", "", " sings"], [" ", "\n", " reads", " plays", " walks"]
+    chains = torch.tensor([[[*small.encode(text), END_OF_DOCUMENT][0] for text in row] for row in texts])
+    with torch.no_grad():
+        model.emb.weight.normal_(generator=torch.Generator().manual_seed(1))
+        hidden, _ = model(chains[:, :-1])
+        model.head.weight.zero_()
+        model.head.weight[chains[:, 1:]] = hidden
+    model.save(tmp_path / "model.pth")
+    for end, answer in (("Answer:", "runs eats"), ("Answer: ", "")):
+        prompt = f"Context:\nAnn runs. Bob eats.\n\nQuestion:\nBob\n\n{end}"
+        assert main(["--ask", prompt, "--checkpoint", str(tmp_path / "model.pth")]) == 0
+        assert capsys.readouterr().out == answer + "\n"
 
 
 def test_command_line(tmp_path, capsys):
