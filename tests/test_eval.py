@@ -783,21 +783,23 @@ def test_ask(tmp_path, capsys, monkeypatch, words):
     assert main(["--ask", "x", "--checkpoint", str(tmp_path / "none.pth")]) == 2
 
 
-def test_ask_in_the_stand_ins_vocabulary(tmp_path, capsys, monkeypatch, words):
-    """Catches a stand-in's model that is asked in the official vocabulary, and an answer that goes on after
-    the end of the document or of the line: this model knows which token follows which, and nothing else."""
+@pytest.mark.parametrize("standin, written", [(False, "runs eats"), (True, "runs")])
+def test_ask_ends_where_the_answer_ends(tmp_path, capsys, monkeypatch, words, standin, written):
+    """Catches an answer that goes on after the end of the document or of the line, a stand-in's after its
+    one token, and its model asked in the official vocabulary: this model knows which token follows which,
+    and nothing else."""
     monkeypatch.setattr("ask.Tokenizer", lambda: words)
-    small = small_tokenizer()
-    model = RWKV7.init(Config.published(1, 64, 64, len(small.tokens)), seed=3)
+    tokenizer = small_tokenizer() if standin else words
+    model = RWKV7.init(Config.published(1, 64, 64, len(tokenizer.tokens) if standin else 65536), seed=3)
     texts = [":", " runs", " eats", "", " sings"], [" ", "\n", " reads", " plays", " walks"]
-    chains = torch.tensor([[[*small.encode(text), END_OF_DOCUMENT][0] for text in row] for row in texts])
+    chains = torch.tensor([[[*tokenizer.encode(text), END_OF_DOCUMENT][0] for text in row] for row in texts])
     with torch.no_grad():
         model.emb.weight.normal_(generator=torch.Generator().manual_seed(1))
         hidden, _ = model(chains[:, :-1])
         model.head.weight.zero_()
         model.head.weight[chains[:, 1:]] = hidden
     model.save(tmp_path / "model.pth")
-    for end, answer in (("Answer:", "runs eats"), ("Answer: ", "")):
+    for end, answer in (("Answer:", written), ("Answer: ", "")):
         prompt = f"Context:\nAnn runs. Bob eats.\n\nQuestion:\nBob\n\n{end}"
         assert main(["--ask", prompt, "--checkpoint", str(tmp_path / "model.pth")]) == 0
         assert capsys.readouterr().out == answer + "\n"
