@@ -10,7 +10,7 @@ import eval
 import train
 from conftest import ROOT
 from model import RWKV7, Config
-from rounds import expand
+from rounds import expand, load_rounds
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -48,6 +48,13 @@ def test_the_commands_are_understood(monkeypatch):
             expand([name for name in train.parse_arguments(argv).round if name != "standin"])
         else:
             eval.parse_arguments(argv)
+
+
+def test_the_logs_p_values_are_the_commands():
+    """Catches a number rounded twice, or of another round."""
+    rows = re.findall(r"^\| (R\d+[ab]?) \|.*\| (?:([\d.]+)|–) \| inconclusive \|$", README, re.M)
+    found = {name: eval.log_numbers(round)["p"] for name, round in load_rounds().items() if round.log}
+    assert dict(rows) == {name: "" if p is None else f"{p:.3f}" for name, p in found.items()}
 
 
 def test_the_map_names_every_file():
