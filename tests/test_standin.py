@@ -339,3 +339,15 @@ def test_damaged_records_of_a_finished_run_are_named(quick, tmp_path, capsys):
     (tmp_path / "runs/R6/seed3/no_fs/records.jsonl").write_text("")
     assert train.main(arguments(tmp_path)) == 0
     assert "no_fs/records.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_stand_in_takes_one_thread(quick, tmp_path, monkeypatch):
+    """Catches threads that wait for each other, ten times slower on a busy machine, and a real round that is
+    left with one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(train, "run_seed", lambda *_: None)
+    monkeypatch.setattr(train, "real_material", lambda round, args: "material")
+    assert train.main(arguments(tmp_path, "--standin")) == train.main(arguments(tmp_path)) == 0
+    assert taken == [1, 2]
