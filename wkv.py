@@ -265,16 +265,16 @@ def _backward(inputs, span, states: Tensor, dy: Tensor, dS: Tensor) -> tuple[Ten
 
 # ---- the CUDA kernels --------------------------------------------------------------------------------------
 #
-# The top of wkv_kernel.cu lists the entry points and their arguments; kernel_loader.py launches them.
-# Two custom operators show them to autograd and torch.compile, which learns their shapes from `_outputs`.
+# wkv_kernel.cu begins with the entry points and their arguments; kernel_loader.py launches them. Two custom
+# operators show them to autograd and torch.compile, which learns their shapes from `_outputs`.
 
 
 def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence on a GPU. Shapes and errors as in wkv_reference; not fp64; N is 16, 32, 64 or 128.
 
     With v in bf16, all but log_w and the states is rounded to bf16 for the tensor cores (errors to 5e-3 in y,
-    1e-2 in gradients, and 2 to 4 times that where keys repeat); else all is fp32, by wkv_chunked if gradients
-    are needed. OSError without a kernel.
+    1e-2 in gradients, more where keys repeat); else all is fp32, by wkv_chunked if gradients are needed.
+    OSError without a kernel.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
     if not v.is_cuda or v.dtype == torch.float64 or v.shape[-1] not in HEAD_SIZES:
