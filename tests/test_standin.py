@@ -6,6 +6,7 @@ Bases here have two layers and pass whatever they know, so that a test takes a s
 import dataclasses
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,45 @@ def test_the_base_is_an_official_checkpoint(quick, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["base.pth"]
 
 
+def test_a_fresh_base_has_an_embedding_of_its_own():
+    """Catches the published embedding, in whose growth all steps would go, and attempts that start alike."""
+    embeddings = []
+    for attempt in (0, 1):
+        model = standin.fresh_arm(2, attempt, SMALL).model
+        weights, published = model.state_dict(), RWKV7.init(model.config, 10 + attempt).state_dict()
+        assert [key for key in weights if not torch.equal(weights[key], published[key])] == ["emb.weight"]
+        embeddings.append(weights["emb.weight"])
+        assert 0.49 < embeddings[-1].max() < 0.5 and -0.5 < embeddings[-1].min() < -0.49
+    assert not torch.equal(*embeddings)
+
+
+@pytest.mark.parametrize("task", ["arc", "hotpotqa"])
+def test_a_base_learns_with_the_question_first_until_it_passes(task, quick, tmp_path, monkeypatch):
+    """Catches another order, two new facts at a time, the same questions again and again, an exam of easier
+    or of known questions, and one whose result does not count."""
+    batches, exams, grades = [], [], iter([0.98, 0.99])
+    collate, score = standin.collate, standin.score
+    monkeypatch.setattr(standin, "PASSED", 0.99)
+    monkeypatch.setattr(standin, "collate",
+                        lambda batch, device: batches.append(batch) or collate(batch, device))
+    monkeypatch.setattr(standin, "score", lambda model, exam, **named:
+                        exams.append((len(batches), exam)) or score(model, exam, **named))
+    monkeypatch.setattr(standin, "summarise", lambda records: {"accuracy": next(grades)})
+    standin.pretrain(task, 1, tmp_path / "base.pth", SMALL, torch.device("cpu"))
+
+    (failed, exam), (passed, _) = exams
+    assert failed < passed == len(batches)
+    texts = [[SMALL.decode(example.prompt) for example in examples] for examples in (*batches, exam)]
+    assert all(text.startswith("Question") for part in texts for text in part)
+    # a line a fact, and four others
+    counts = [{sum(map(bool, text.split("\n"))) - 4 for text in part} for part in texts]
+    *facts, most = [count for part in counts for count in part]
+    assert len(facts) == len(batches) and most == {"arc": 5, "hotpotqa": 10}[task]
+    assert sorted(set(facts)) == list(range(2, most + 1)) and facts == sorted(facts)
+    assert len({example.id for batch in batches for example in batch}) == sum(map(len, batches))
+    assert len(exam) == standin.QUESTIONS and all("validation" in example.id for example in exam)
+
+
 def test_a_stopped_base_goes_on_with_the_same_bits(quick, tmp_path, monkeypatch):
     """Catches work that a stop loses, and state that it forgets."""
     whole, stopped = tmp_path / "whole.pth", tmp_path / "stopped.pth"
@@ -192,6 +232,24 @@ def test_a_round_without_files_runs_on_the_stand_in(name, quick, tmp_path, capsy
     assert "switched off" in capsys.readouterr().out
 
 
+def test_answers_are_shown_under_their_questions(tmp_path, capsys):
+    """Catches answers of another question, of another arm, or of an earlier evaluation."""
+    questions = standin.validation_examples(dataclasses.replace(miniature(ROUNDS["R6"]), n_val=6), SMALL)
+    for name in train.ARMS:
+        (tmp_path / name).mkdir()
+        texts = ["early"] * 6 + [f" {name}{i}" for i in range(6)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / name / "records.jsonl").write_text("".join(lines))
+    train.show_answers(SimpleNamespace(validation=questions, tokenizer=SMALL), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("    right is") for line in lines) == 4
+    for i, example in enumerate(questions[:4]):
+        asked = SMALL.decode(example.prompt).split()[-2]
+        assert f"{asked} {example.text}," in lines[2 * i] and lines[2 * i].endswith(f"{asked}, Answer:")
+        assert lines[2 * i + 1] == (f"    right is {example.text}; no_fs says no_fs{i}, "
+                                    f"prompt_fs says prompt_fs{i}")
+
+
 def test_real_insists_and_says_what_to_put_where(tmp_path, capsys):
     """Catches a stand-in in place of the real thing, and an error that names one missing file of three."""
     assert train.main(arguments(tmp_path, "--real", name="R8")) == 2
@@ -262,8 +320,7 @@ def test_no_fs_is_shared_between_rounds(quick, tmp_path, capsys):
     assert train.main(arguments(tmp_path, "--fresh", name="S1")) == 0
     assert "copied_from" not in run_of(tmp_path, "S1")
     for name, content in copied.items():
-        if name != "model.pth":    # torch writes the file's own name into it
-            assert (ours / name).read_bytes() == content
+        assert (ours / name).read_bytes() == content
 
 
 def test_what_differs_is_not_shared(quick, tmp_path):
