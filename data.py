@@ -1,4 +1,4 @@
-"""The tasks: records into prompts and answers, their files, a built-in stand-in, and batches.
+"""The tasks: records into prompts and answers, their files, and batches.
 
 ARC-Challenge (Clark et al. 2018, arXiv:1803.05457): a question, three to five labelled options, the answer a
 label. HotpotQA, distractor setting (Yang et al. 2018, arXiv:1809.09600): ten paragraphs, a question, a short

@@ -323,9 +323,10 @@ def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
             if args.fresh or not arm.copy_twin(args.runs):
                 arm.run()
     if is_main() and args.arm == "both":
+        as_published = load_rounds()[round.name]    # what --set changed is for the report to say
         try:
-            write_summary(round, args.runs)
-            print(report(round, args.runs))
+            write_summary(as_published, args.runs)
+            print(report(as_published, args.runs))
         except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
             say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
         else:

@@ -408,3 +408,12 @@ def test_the_stand_in_takes_one_thread(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "real_material", lambda round, args: "material")
     assert train.main(arguments(tmp_path, "--standin")) == train.main(arguments(tmp_path)) == 0
     assert taken == [1, 2]
+
+
+def test_the_report_says_what_was_set(quick, tmp_path, capsys):
+    """Catches a run whose --set is taken for the round's own recipe, on the screen or in the summary."""
+    assert train.main(arguments(tmp_path)) == 0
+    printed, summary = capsys.readouterr().out, next((tmp_path / "runs").glob("_summary*.txt")).read_text()
+    for text in (printed, summary):
+        assert "settings changed from the round's: " in text and "steps=4" in text
+    assert f"L={miniature(ROUNDS['R6']).max_prompt} " in summary
