@@ -735,6 +735,20 @@ def test_jumps_and_seed_off(tmp_path, capsys):
     assert "S1, its seed switched off" in capsys.readouterr().out
 
 
+def test_rows_on_the_stand_in_stand_under_their_own_no_fs(tmp_path, capsys):
+    """Catches a round under the no_fs of another order, and a p over seeds where there is one seed."""
+    for rng_seed, name in enumerate(("R6", "R7", "R8")):
+        write_runs(tmp_path, name, seeds=[4], standin=True, settings=miniature(ROUNDS[name]).settings(),
+                   rng_seed=rng_seed)
+    assert main(["R6", "R7", "R8", "--markdown", "--runs", str(tmp_path)]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [row for row in rows if "switched off" not in row[0]]
+    assert [row[0].split(":")[0].split()[0].strip(",") for row in rows] == [
+        "no_fs", "R6", "no_fs", "R8", "no_fs", "R7"]
+    assert "context_first" in rows[0][0] and "context_first" in rows[2][0] and "question" in rows[4][0]
+    assert rows[1][-1].endswith("]: inconclusive")
+
+
 # ---- a question from a person ------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -411,7 +411,7 @@ def test_the_stand_in_takes_one_thread(quick, tmp_path, monkeypatch):
 
 
 def test_the_report_says_what_was_set(quick, tmp_path, capsys):
-    """Catches a run whose --set is taken for the round's own recipe, on the screen or in the summary."""
+    """Catches settings of the real round in the summary of a stand-in."""
     assert train.main(arguments(tmp_path)) == 0
     printed, summary = capsys.readouterr().out, next((tmp_path / "runs").glob("_summary*.txt")).read_text()
     for text in (printed, summary):

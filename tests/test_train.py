@@ -155,8 +155,10 @@ def test_a_run_leaves_what_it_promises(finished):
         assert (folder / "seed_off.jsonl").exists() == (name == "prompt_fs")
 
 
-def test_the_summary_has_the_logs_name(finished):
-    assert (finished / "_summary_arc_optionsfirst_stabilized_r2.txt").exists()
+def test_the_summary_has_the_logs_name_and_says_what_was_set(finished):
+    """Catches a run whose --set is taken for the round's own recipe."""
+    summary = (finished / "_summary_arc_optionsfirst_stabilized_r2.txt").read_text()
+    assert "settings changed from the round's: " in summary and "steps=6" in summary
 
 
 def test_same_command_same_bits(finished, assets, base, tmp_path):
@@ -377,7 +379,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, assets, base, tmp_p
 
 def test_a_folder_that_cannot_be_written_is_named(assets, base, tmp_path, capsys):
     (tmp_path / "runs").write_text("a file where the folder should be")
-    assert "runs" in one_line_error(capsys, arguments(assets, base, tmp_path / "runs"))
+    assert "name another folder with --runs" in one_line_error(
+        capsys, arguments(assets, base, tmp_path / "runs", "--base", "nowhere.pth"))    # before all else
+
+
+def test_two_processes_in_one_folder_are_kept_apart(assets, base, tmp_path, capsys):
+    """Catches the same command, started twice, that overwrites its own checkpoints."""
+    with files.locked(tmp_path / "R2" / "seed5" / "no_fs"):
+        assert "another process" in one_line_error(capsys, arguments(assets, base, tmp_path))
 
 
 def test_out_of_memory_says_what_to_lower(assets, base, tmp_path, capsys, monkeypatch):
