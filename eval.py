@@ -340,8 +340,9 @@ def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
     settings = runs.run["settings"] | {"base": result["base"]}    # the one that was used
     lines = [
         f"settings: {json.dumps(settings)}", *result["labels"], "=" * 90,
-        f"L={settings['max_prompt']} pairs={len(runs.seeds)} mean d_acc={acc['mean']:+.4f} std={acc['std']:.4f} | "
-        f"mean d_loss={loss['mean']:+.4f} std={loss['std']:.4f} | sign(+/0/-)={acc['signs']}",
+        f"L={settings['max_prompt']} pairs={len(runs.seeds)} mean d_acc={acc['mean']:+.4f} "
+        f"std={acc['std']:.4f} | mean d_loss={loss['mean']:+.4f} std={loss['std']:.4f} | "
+        f"sign(+/0/-)={acc['signs']}",
     ]
     for line in result["per_seed"]:
         value = line["acc"]

@@ -13,7 +13,7 @@ except ImportError:    # figures are optional
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """The study if all results are the stand-in's, else the report; the suffix of path says in which format."""
+    """The study if all results are the stand-in's, else the report; the suffix of path is the format."""
     made_up = all(result["standin"] for result in results)
     figure = (draw_study if made_up else draw_report)(results)
     with atomic_write(path) as file:

@@ -1,7 +1,7 @@
 """Times the WKV-7 operator, ours beside others in one run.
 
     python tests/bench_wkv.py                    on one CPU thread: wkv_chunked beside the recurrence
-    python tests/bench_wkv.py --device cuda      on a GPU: wkv_cuda beside fla, if that is installed, and beside
+    python tests/bench_wkv.py --device cuda      on a GPU: wkv_cuda beside fla, if it is installed, and beside
         [--wind PATH] [--rwkv-lm PATH]           clones of johanwind/wind_rwkv and BlinkDL/RWKV-LM
 
 On the CPU every row comes from a process of its own: CPU milliseconds, the median of several runs, and the

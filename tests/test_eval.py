@@ -698,7 +698,8 @@ def test_the_stand_in_has_a_base_a_seed(tmp_path, capsys):
     assert main(["S1", "--runs", str(runs)]) == 0
     assert "STAND-IN" in capsys.readouterr().out
     for change in ({"base": {"name": "stand-in", "sha256": "0"}},
-                   {"data": {"train": "t0", "validation": "v"}}, {"data": {"train": "t2", "validation": "w"}}):
+                   {"data": {"train": "t0", "validation": "v"}},
+                   {"data": {"train": "t2", "validation": "w"}}):
         before = (runs / "S1/seed2/prompt_fs/run.json").read_text()
         change_run(runs / "S1/seed2/prompt_fs", **change)
         assert main(["S1", "--runs", str(runs)]) == 2

@@ -354,7 +354,7 @@ def test_what_ran_on_another_device_is_not_shared(quick, tmp_path):
 
 
 def test_a_budget_in_minutes_is_refused(quick, tmp_path, capsys):
-    """Catches questions that come again, and fewer facts, once a budget outlasts the questions made for it."""
+    """Catches questions that come again, and fewer facts, once a budget outlasts the questions."""
     assert train.main(arguments(tmp_path, "--minutes", "0.01")) == 2
     assert "--set steps=N" in capsys.readouterr().err.splitlines()[-1]
 
