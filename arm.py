@@ -383,16 +383,16 @@ class ArmRun:
         for step, losses, ids in self.pending:
             losses = gathered(losses.tolist())
             mean = sum(losses) / len(losses)
-            examples = ", ".join(gathered(ids))
-            self.check_finite(mean, f"the loss at step {step} is {mean} (examples {examples})")
+            if not mean < float("inf"):
+                examples = ", ".join(gathered(ids))
+                raise self.diverged(f"the loss at step {step} is {mean} (examples {examples})")
             self.progress.metrics.append({"step": step, "train_loss": mean})
         self.pending.clear()
 
-    def check_finite(self, loss: float, says: str) -> None:
-        if not loss < float("inf"):
-            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
-            raise ValueError(f"{self.name}: {says}; {kept}; a lower lr may help, as in "
-                             f"--set lr={self.round.lr / 3:.1g}")
+    def diverged(self, says: str) -> ValueError:
+        kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+        return ValueError(f"{self.name}: {says}; {kept}; a lower lr may help, as in "
+                          f"--set lr={self.round.lr / 3:.1g}")
 
     def print_progress(self) -> None:
         step, seconds = self.progress.step, self.progress.seconds
@@ -421,7 +421,8 @@ class ArmRun:
         step = self.progress.step
         records = self.scored(self.arm.fs)
         last = {"step": step, **summarise(records)}
-        self.check_finite(last["loss"], f"the validation loss after step {step} is {last['loss']}")
+        if not last["loss"] < float("inf"):
+            raise self.diverged(f"the validation loss after step {step} is {last['loss']}")
         self.progress.records += records
         self.progress.metrics.append(last)
         say(f"{self.name}: step {step}, validation loss {last['loss']:.4f}, "

@@ -42,7 +42,8 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
 
     Args: checkpoint, an official-format file; the run.json and fs.pth that a run leaves beside it decide on
         Future-Seed; text, a whole prompt if it ends in "Answer:", else a question, put as the rounds put
-        theirs; max_new, tokens; temperature, 0 for greedy; top_p, see `generate`.
+        theirs; max_new, tokens (a model of the stand-in writes one); temperature, 0 for greedy; top_p, see
+        `generate`.
     Raises: ValueError or OSError naming the file, or the value that is out of range.
     """
     if max_new < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:

@@ -315,26 +315,16 @@ def text_of_log(rounds: list[Round]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finished(name: str, runs_dir: str | Path) -> tuple[Runs, list[str]]:
-    """The finished seeds of a round, and a line on those that are left out, if there are any."""
-    done = seeds_on_disk(name, runs_dir, finished=True)
-    left_out = [str(seed) for seed in seeds_on_disk(name, runs_dir) if seed not in done]
-    note = [f"left out, not finished: seed {', '.join(left_out)}"] if left_out else []
-    return read_round(name, runs_dir, done), note
-
-
-def report(round: Round, runs_dir: str | Path = "runs") -> str:
-    """The text of `python eval.py NAME` for the finished seeds. Raises as `read_round`."""
-    runs, note = finished(round.name, runs_dir)
-    return text_of(analyse(runs, round)) + "".join(f"  {line}\n" for line in note)
-
-
-def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
+def write_summary(round: Round, runs_dir: str | Path = "runs") -> tuple[Path, str]:
     """Write the summary of a round's finished seeds into runs_dir, under the log's file name and in its form.
 
-    Returns its path. Raises ValueError or OSError as `read_round`.
+    Returns its path, and the report on the same seeds, as `python eval.py NAME` prints it. Raises ValueError
+    or OSError as `read_round`.
     """
-    runs, note = finished(round.name, runs_dir)
+    done = seeds_on_disk(round.name, runs_dir, finished=True)
+    left_out = [str(seed) for seed in seeds_on_disk(round.name, runs_dir) if seed not in done]
+    note = [f"left out, not finished: seed {', '.join(left_out)}"] if left_out else []
+    runs = read_round(round.name, runs_dir, done)
     result = analyse(runs, round)
     acc, loss = result["over_seeds"]["acc"], result["over_seeds"]["loss"]
     settings = runs.run["settings"] | {"base": result["base"]}    # the one that was used
@@ -352,7 +342,7 @@ def write_summary(round: Round, runs_dir: str | Path = "runs") -> Path:
     path = Path(runs_dir) / (round.log.summary if round.log else f"_summary_{round.name}.txt")
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines) + "\n")
-    return path
+    return path, text_of(result) + "".join(f"  {line}\n" for line in note)
 
 
 # ---- the command line --------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ EXACT_FLIPS = 12      # up to so many values, all 2^12 sign patterns are tried
 
 def verdict(low: float, high: float, seeds: int) -> str:
     """RULE, decided before any run of this project was looked at."""
-    if seeds < 2 or low == high:
+    if seeds < 2 or low == high == 0:
         return "inconclusive"
     if low > 0:
         return "positive"

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from arm import ArmRun, Stopped, is_main, make_reproducible, say, world_size
 from data import Example, load_examples
 from download import download
-from eval import report, write_summary
+from eval import write_summary
 from files import locked
 from model import RWKV7, Config
 from records import ARMS
@@ -325,8 +325,7 @@ def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
     if is_main() and args.arm == "both":
         as_published = load_rounds()[round.name]    # what --set changed is for the report to say
         try:
-            write_summary(as_published, args.runs)
-            print(report(as_published, args.runs))
+            print(write_summary(as_published, args.runs)[1])
         except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
             say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
         else:

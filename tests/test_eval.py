@@ -19,7 +19,7 @@ import eval as ruler
 from arm import Arm
 from conftest import relative_error
 from data import collate
-from eval import analyse, compare, main, report, text_of, write_summary
+from eval import analyse, compare, main, text_of, write_summary
 from figures import draw_report, draw_study
 from fs import FutureSeed, prefill
 from model import RWKV7, Config
@@ -503,7 +503,7 @@ def test_another_base_is_said(tmp_path, base, label):
     """Catches a toy's numbers beside the log's, and a summary that names the round's base in its place."""
     write_runs(tmp_path, base={"name": base, "sha256": "0"})
     assert label in text_of(analyse(read_round("R8", tmp_path), ROUNDS["R8"]))
-    summary = write_summary(ROUNDS["R8"], tmp_path).read_text()
+    summary = write_summary(ROUNDS["R8"], tmp_path)[0].read_text()
     assert label in summary and f'"base": "{base}"' in summary and ROUNDS["R8"].base not in summary
 
 
@@ -600,13 +600,12 @@ def test_summary_file_is_the_logs(tmp_path):
     write_runs(tmp_path, seeds=(0, 1))
     write_runs(tmp_path, seeds=[2], status="running")
     write_runs(tmp_path / "x", seeds=[3])
-    path = write_summary(ROUNDS["R8"], tmp_path)
+    path, text = write_summary(ROUNDS["R8"], tmp_path)
     assert path == tmp_path / "_summary_hotpot_qafter_stabilized_len4096_r8_alpha_m4_s012.txt"
     lines = path.read_text().splitlines()
     assert lines[2].startswith("L=4096 pairs=2 mean d_acc=") and "sign(+/0/-)=" in lines[2]
     assert [line.split(" d_acc")[0] for line in lines[3:5]] == ["  seed=0", "  seed=1"]
     assert lines[-1] == "left out, not finished: seed 2"
-    text = report(ROUNDS["R8"], tmp_path)
     assert "2 seeds on 30 examples" in text and "left out, not finished: seed 2" in text
     assert seeds_on_disk("R8", tmp_path) == [0, 1, 2]
     assert seeds_on_disk("R8", tmp_path, finished=True) == [0, 1]

@@ -148,6 +148,7 @@ def test_no_difference_at_all_is_not_an_error():
     assert (stats.sign_flip_p(np.zeros((20, 2))) == 1).all()
     assert stats.needed(np.zeros((3, 20))) == (None, None)
     assert stats.verdict(0.0, 0.0, 3) == "inconclusive"
+    assert stats.verdict(1.0, 1.0, 3) == "positive"    # every answer of every seed
 
 
 # ---- p-values ----------------------------------------------------------------------------------------------
