@@ -94,6 +94,22 @@ def rows_of_reading(who: str, clock: Clock, T: int, prefill, decode) -> None:
     row(who, "decode, a token", clock(decode) / DECODED, 1)
 
 
+def rates(clock: Clock, T: int, layers: int) -> None:
+    """What the machine gives: operations of a product as in the channel mix, and bytes of a sum."""
+    dtype = torch.bfloat16 if clock.device == "cuda" else torch.float32
+    x, weight = (torch.randn(*shape, device=clock.device, dtype=dtype) for shape in ((T, 768), (768, 3072)))
+    large = torch.ones(100_000_000, device=clock.device)
+
+    def ten_products():
+        for _ in range(10):
+            x @ weight
+
+    speed = 10 * 2 * T * weight.numel() / clock(ten_products)
+    rate = large.nbytes / clock(large.sum)
+    print(f"products of ({T}, 768) and (768, 3072) at {speed / 1e9:,.0f} GFLOP/s, memory read at "
+          f"{rate / 1e9:,.1f} GB/s", flush=True)
+
+
 # ---- ours --------------------------------------------------------------------------------------------------
 
 def train_ours(clock: Clock, T: int, layers: int) -> None:
@@ -248,7 +264,7 @@ def read_rwkv7_hf(clock: Clock, T: int, layers: int) -> None:
     rows_of_reading("rwkv7-hf", clock, T, prefill, decode)
 
 
-OURS = [train_ours, read_ours]
+OURS = [rates, train_ours, read_ours]
 PEERS = [read_rwkv, train_rwkv7_hf, read_rwkv7_hf]
 
 
