@@ -1,32 +1,34 @@
-"""The tasks: records into prompts and answers, their files, and batches.
+"""The tasks: records into prompts and answers, their files and downloads, and batches.
 
 ARC-Challenge (Clark et al. 2018, arXiv:1803.05457): a question, three to five labelled options, the answer a
 label. HotpotQA, distractor setting (Yang et al. 2018, arXiv:1809.09600): ten paragraphs, a question, a short
 answer. Both are read in their publishers' own formats, from an assets folder or downloaded into it. The
 prompts, the length rules and the way examples are drawn are those of the experiment log, byte for byte;
-`order` says which comes first, the question or what it is about (the options, the context).
+`arrange` has the orders in which a prompt can hold its question and what the question is about.
 
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import functools
 import hashlib
+import http.client
+import io
 import json
 import math
+import os
 import random
-import re
-import sys
+import urllib.request
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import BinaryIO, Callable, Iterator, Sequence
 
 import torch
 
-from download import download, read_members
-from files import atomic_write
+from files import Progress, atomic_write, say
 from tokenizer import VOCABULARY_SHA256, Tokenizer
-
-CACHE_FORMAT = 1                # raise it whenever the same settings would give other examples
 
 # (task, split): file under the assets folder, records in the published file
 FILES = {
@@ -39,14 +41,13 @@ FILES = {
 ARC_ARCHIVE = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
 ARC_FOLDER = "ARC-V1-Feb2018-2/ARC-Challenge/"      # inside the archive
 HOTPOTQA_FOLDER = "http://curtis.ml.cmu.edu/datasets/hotpot/"
-HOTPOTQA_SHA256 = {             # fetched without TLS, so more than the number of records is checked
+HOTPOTQA_SHA256 = {             # fetched without TLS, so its bytes are checked
     "hotpot_train_v1.1.json": "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
     "hotpot_dev_distractor_v1.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
 }
-CHUNK = 1 << 22                 # bytes read at once
-OPENING = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(?=\{)")      # what stands before a JSON list's first record
-BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")       # and before each later one
-LONGEST_RECORD = 1 << 26        # bytes: a longer record is damage, and reading on would fill the memory
+CHUNK = 1 << 18                 # bytes read at once from the network
+LARGEST_MEMBER = 1 << 26        # bytes of one member of an archive: it is read into memory
+SECONDS_TO_ANSWER = 10
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Example:
     prompt: list[int]                       # tokens, up to and including "Answer:"
     answer: list[int]                       # tokens to be predicted
     text: str                               # the gold answer: "A", "Barack Obama"
-    choices: dict[str, list[int]] | None    # ARC: label -> its answer tokens; HotpotQA: None
+    choices: dict[str, int] | None          # ARC: label -> its first token; HotpotQA: None
+    tail: int                               # the prompt's last tokens that come after its first block
 
 
 # ---- records into prompts ----------------------------------------------------------------------------------
@@ -72,8 +74,20 @@ def field(record: dict, key: str, kind: type):
     return record[key]
 
 
-def read_arc(record: dict, order: str) -> tuple[str, str, list[str]] | None:
-    """An official ARC record -> prompt, answer label, all labels; None where the log leaves it out."""
+def arrange(order: str, context: str, question: str) -> list[str]:
+    """A prompt's blocks. The log has the first two orders; the others are what people do today when a question
+    comes last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
+    orders = {
+        "context_first": [context, question],
+        "question_first": [question, context],
+        "both_ends": [question, context, question],
+        "twice": [context, question, context, question],
+    }
+    return orders[order]
+
+
+def read_arc(record: dict) -> tuple[str, str, str, list[str]] | None:
+    """An official ARC record -> context, question, answer label, all labels; None where the log leaves it out."""
     question = field(record, "question", dict)
     stem = clean(field(question, "stem", str))
     options = []
@@ -88,25 +102,19 @@ def read_arc(record: dict, order: str) -> tuple[str, str, list[str]] | None:
         return None
     if len(set(labels)) < len(labels) or answer not in labels:
         raise ValueError(f"the answer {answer!r} should be one of the labels {labels}, each given once")
-    options_block = "Options:\n" + "\n".join(f"{label}. {text}" for label, text in options)
-    blocks = [options_block, f"Question:\n{stem}"]
-    if order == "question_first":
-        blocks.reverse()
-    # the log's prompt ends in a space here and the answer has none; with HotpotQA it is the other way round
-    return "\n\n".join(blocks) + "\n\nAnswer: ", answer, labels
+    context = "Options:\n" + "\n".join(f"{label}. {text}" for label, text in options)
+    return context, f"Question:\n{stem}", answer, labels
 
 
-def read_hotpotqa(record: dict, order: str) -> tuple[str, str, None] | None:
-    """An official HotpotQA record -> prompt, answer, None; None where the log leaves it out."""
+def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
+    """An official HotpotQA record -> context, question, answer, None; None where the log leaves it out."""
     question = clean(field(record, "question", str))
     answer = clean(field(record, "answer", str))
     pieces = []
     for paragraph in field(record, "context", list):
-        if not isinstance(paragraph, list) or len(paragraph) != 2:
+        if not isinstance(paragraph, list) or [type(part) for part in paragraph] != [str, list]:
             raise ValueError("'context' should be a list of [title, [sentence, …]]")
         title, sentences = paragraph
-        if not isinstance(title, str) or not isinstance(sentences, list):
-            raise ValueError("'context' should be a list of [title, [sentence, …]]")
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"a sentence of the paragraph {title!r} is not a str")
         if clean(title):
@@ -115,155 +123,199 @@ def read_hotpotqa(record: dict, order: str) -> tuple[str, str, None] | None:
     context = "\n\n".join(piece for piece in pieces if piece)
     if not question or not answer or not context:
         return None
-    blocks = [f"Context:\n{context}", f"Question:\n{question}"]
-    if order == "question_first":
-        blocks.reverse()
-    return "\n\n".join(blocks) + "\n\nAnswer:", answer, None
+    return f"Context:\n{context}", f"Question:\n{question}", answer, None
 
 
 def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, max_prompt: int,
                  max_answer: int, min_prompt: int = 0) -> Example | None:
     """One official record as an Example, or None where the log's rules leave it out.
 
-    Args: order, "context_first" or "question_first"; lengths in tokens. Prompts keep their last max_prompt
-    tokens, those shorter than min_prompt are left out, answers keep their first max_answer tokens.
+    Args: order, see `arrange`; lengths in tokens. Prompts keep their last max_prompt tokens, those shorter
+    than min_prompt are left out, answers keep their first max_answer tokens.
     Raises ValueError for a malformed record.
     """
-    read, id_key = (read_arc, "id") if task == "arc" else (read_hotpotqa, "_id")
-    parts = read(record, order)
+    parts = read_arc(record) if task == "arc" else read_hotpotqa(record)
     if parts is None:
         return None
-    prompt, answer, labels = parts
-    prompt_tokens = tokenizer.encode(prompt)[-max_prompt:]
+    context, question, answer, labels = parts
+    # the log's ARC prompt ends in a space and the answer has none; with HotpotQA it is the other way round
+    end, space = ("\n\nAnswer: ", "") if task == "arc" else ("\n\nAnswer:", " ")
+    blocks = arrange(order, context, question)
+    prompt_tokens = tokenizer.encode("\n\n".join(blocks) + end)[-max_prompt:]
     if len(prompt_tokens) < min_prompt:
         return None
-    space = " " if task == "hotpotqa" else ""
-    choices = {label: tokenizer.encode(label)[:max_answer] for label in labels} if labels else None
+    tail = len(tokenizer.encode("\n\n".join(blocks[1:]) + end))
+    choices = {label: tokenizer.encode(label)[0] for label in labels} if labels else None
+    id = field(record, "id" if task == "arc" else "_id", str)
     answer_tokens = tokenizer.encode(space + answer)[:max_answer]
-    return Example(field(record, id_key, str), prompt_tokens, answer_tokens, answer, choices)
+    return Example(id, prompt_tokens, answer_tokens, answer, choices, min(tail, len(prompt_tokens)))
+
+
+# ---- the network -------------------------------------------------------------------------------------------
+
+class NotServed(FileNotFoundError):
+    """The network, or the server, did not give the file."""
+
+
+@contextlib.contextmanager
+def answer_to(url: str, headers: dict[str, str] = {}) -> Iterator[http.client.HTTPResponse]:
+    """The server's answer to a GET. What goes wrong on the way, while it is being read too, is NotServed."""
+    headers = headers | {"User-Agent": "future-seed", "Accept-Encoding": "identity"}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:
+            yield answer
+    except urllib.error.HTTPError as error:
+        raise NotServed(f"the server answered {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        raise NotServed(f"no connection: {getattr(error, 'reason', None) or error!r}") from error
+
+
+def download(url: str, path: Path, check: Callable[[Path], object], offline: bool) -> None:
+    """Fetch url to path, whole and checked or not at all.
+
+    Args: check, called with the downloaded file before it gets its name, raises ValueError to refuse it.
+    Raises FileNotFoundError where the file cannot be had, always if `offline`; OSError where it cannot be kept.
+    """
+    by_hand = f"fetch {url} by hand and put it at {path}"
+    if offline:
+        raise FileNotFoundError(f"{path} is missing, and downloads are off; {by_hand}")
+    say(f"downloading {path.name} from {url.split('/')[2]}")
+    try:
+        with atomic_write(path) as file:
+            with answer_to(url) as answer:
+                if answer.status != 200 or not answer.length:
+                    raise NotServed(f"the server answered {answer.status} and sent no file of a known length")
+                copy_body(answer, file, path.name)
+            file.flush()
+            check(Path(file.name))
+    except (NotServed, ValueError) as error:
+        raise FileNotFoundError(f"{path} is missing, no download ({error}); {by_hand}") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be stored ({error.strerror or error}); free some space, name another "
+                      f"folder or {by_hand}") from None
+
+
+def copy_body(answer: http.client.HTTPResponse, file: BinaryIO, name: str) -> None:
+    """The answer's whole body into the file. http.client ends a short one without complaint, so it is counted."""
+    progress = Progress(answer.length)
+    while chunk := answer.read(CHUNK):
+        file.write(chunk)
+        if progress.due(len(chunk)):
+            progress.line(f"{name}: {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB")
+    if progress.done < progress.total:
+        raise NotServed(f"the connection ended after {progress.done:,.0f} of {progress.total:,} bytes")
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on a server that answers range requests, seekable, so that zipfile can read it in place."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.position = 0
+        with answer_to(url, {"Range": "bytes=0-0"}) as answer:
+            size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not size.isdigit():
+            raise NotServed("the server does not send parts of files")
+        self.size = int(size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        end = min(self.position + len(buffer), self.size)
+        if end <= self.position:
+            return 0
+        with answer_to(self.url, {"Range": f"bytes={self.position}-{end - 1}"}) as answer:
+            content = answer.read(end - self.position)
+        if answer.status != 206 or not content:
+            raise NotServed("the server did not send the part asked for")
+        buffer[:len(content)] = content     # of a broken answer the beginning; the reader asks for the rest
+        self.position += len(content)
+        return len(content)
+
+
+def read_member(url: str, name: str) -> bytes:
+    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680).
+
+    Nothing is unpacked to the disk. Raises NotServed where it cannot be had.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
+            if archive.getinfo(name).file_size > LARGEST_MEMBER:
+                raise NotServed(f"{name} is larger than it should be")
+            return archive.read(name)
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise NotServed(f"not the archive expected: {error}") from error
 
 
 # ---- files of records --------------------------------------------------------------------------------------
 
 @functools.cache        # once a process: the same is true of both splits
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    say(f"note: {text}")
 
 
-def index_records(path: Path) -> tuple[list[tuple[int, int]], str]:
-    """Where each record of a .jsonl or .json file lies, [start, end) in bytes, and the file's sha256.
-
-    One pass in bounded memory: HotpotQA's 540 MB as Python objects would take gigabytes. JSON's own
-    punctuation is ASCII, so the bytes can be scanned as latin-1, where a character is a byte: places in the
-    text are places in the file. Raises ValueError that names the first damaged record.
-    """
-    digest = hashlib.sha256()
-    spans: list[tuple[int, int]] = []
-    decoder = json.JSONDecoder()
-    text, base, position = "", 0, 0     # text is the file from byte `base`; what is before `position` is done
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
-        if path.suffix == ".jsonl":
-            for line in file:
-                digest.update(line)
-                if line.strip():
-                    spans.append((base, base + len(line)))
-                base += len(line)
-            return spans, digest.hexdigest()
-        while len(text) - position < LONGEST_RECORD:
-            start = (BETWEEN if spans else OPENING).match(text, position)
-            if start:
-                try:
-                    position = decoder.raw_decode(text, start.end())[1]
-                    spans.append((base + start.end(), base + position))
-                    continue
-                except (ValueError, RecursionError):
-                    pass                    # the record may go on in the next chunk
-            chunk = file.read(CHUNK)
-            if not chunk:
-                break
-            digest.update(chunk)
-            text = text[position:] + chunk.decode("latin-1")
-            base, position = base + position, 0
-    if text[position:].strip(" \t\r\n") != "]" or not spans:
-        raise ValueError(f"{path}: record {len(spans) + 1} (from byte {base + position:,}) is damaged or cut "
-                         "off; delete the file to have it downloaded again")
-    return spans, digest.hexdigest()
-
-
-def read_cache(path: Path):
-    """What write_cache put there, or None where there is none or it is damaged."""
-    try:
-        checksum, _, payload = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if checksum != hashlib.sha256(payload).hexdigest().encode():
-        return None
-    return json.loads(payload)
-
-
-def write_cache(path: Path, value) -> None:
-    payload = json.dumps(value, separators=(",", ":")).encode()
-    try:
-        with atomic_write(path) as file:
-            file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-    except OSError as error:
-        note(f"{path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
-
-
-def indexed(path: Path, cache_folder: Path, cache: bool) -> tuple[list[tuple[int, int]], str]:
-    """index_records, remembered until the file changes.
-
-    A file counts as unchanged while its size, inode and both times are: the change time moves with every
-    write and cannot be set back by a program, so nothing is read that was not indexed, without hashing 540 MB
-    at every start.
-    """
-    info = path.stat()
-    stamp = [info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns]
-    store = cache_folder / f"{path.name}.index"
-    known = read_cache(store) if cache else None
-    if known and known["stamp"] == stamp:
-        return known["spans"], known["sha256"]
-    if info.st_size > 10 * CHUNK:
-        note(f"indexing {path} ({info.st_size / 1e6:.0f} MB), once")
-    spans, sha256 = index_records(path)
-    if cache:
-        write_cache(store, {"stamp": stamp, "sha256": sha256, "spans": spans})
-    return spans, sha256
-
-
-def check_hotpotqa(part: Path, name: str, published: int) -> None:
-    """ValueError unless a downloaded file is the published one."""
-    spans, sha256 = index_records(part)
-    if sha256 != HOTPOTQA_SHA256[name]:
-        raise ValueError(f"it holds {len(spans):,} records with sha256 {sha256[:9]}…; {published:,} were "
-                         f"published, with {HOTPOTQA_SHA256[name][:9]}…")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
+    if path.exists():
+        return path
     if task == "hotpotqa":
-        check = functools.partial(check_hotpotqa, name=path.name, published=published)
+        def check(file: Path) -> None:
+            if sha256_of(file) != HOTPOTQA_SHA256[path.name]:
+                raise ValueError("not the published file: its sha256 differs")
+
         download(HOTPOTQA_FOLDER + path.name, path, check, offline)
-    elif not path.exists():
-        member = ARC_FOLDER + path.name
-        try:
-            if offline:
-                raise FileNotFoundError("downloads are off")
-            content = read_members(ARC_ARCHIVE, [member])[member]
-            count = sum(1 for line in content.splitlines() if line.strip())
-            if count != published:
-                raise FileNotFoundError(f"it holds {count:,} records there; {published:,} were published")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch "
-                                    f"{ARC_ARCHIVE} by hand and put its member {member} there") from None
-        try:
-            with atomic_write(path) as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(f"{path} cannot be stored ({error.strerror}); name another folder") from None
+        return path
+    member = ARC_FOLDER + path.name
+    try:
+        if offline:
+            raise NotServed("downloads are off")
+        say(f"reading {path.name} from the archive at {ARC_ARCHIVE.split('/')[2]}")
+        content = read_member(ARC_ARCHIVE, member)
+        count = len(content.splitlines())
+        if count != published:
+            raise NotServed(f"it holds {count:,} records there; {published:,} were published")
+    except NotServed as error:
+        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {ARC_ARCHIVE} by hand and "
+                                f"put its member {member} there") from None
+    with atomic_write(path) as file:
+        file.write(content)
     return path
+
+
+def read_records(path: Path) -> list:
+    """Every record of a .json or .jsonl file. Raises ValueError that names the file and, in .jsonl, the record."""
+    records = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            records = json.loads(text)
+        else:
+            for line in text.splitlines():
+                if line.strip():
+                    records.append(json.loads(line))
+        if not isinstance(records, list) or not records:
+            raise ValueError("no records")
+    except (ValueError, RecursionError) as error:
+        where = f"record {len(records) + 1}: " if path.suffix == ".jsonl" else ""
+        raise ValueError(f"{path}: {where}damaged or cut off ({error}); delete the file to have it downloaded "
+                         "again") from None
+    return records
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -278,57 +330,70 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(rows(examples)).encode()).hexdigest()
 
 
+def read_cache(path: Path) -> list[Example] | None:
+    """The examples that write_cache put there, or None where there are none or they are damaged."""
+    try:
+        checksum, cached = json.loads(path.read_bytes())
+        examples = [Example(*row) for row in cached]
+        return examples if fingerprint(examples) == checksum else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def write_cache(path: Path, examples: list[Example]) -> None:
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump([fingerprint(examples), rows(examples)], file, separators=(",", ":"))
+    except OSError as error:
+        note(f"{path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
+
+
 def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
-                  n: int | None, seed: int, assets: str | Path, offline: bool = False,
-                  cache: bool = True) -> list[Example]:
+                  n: int | None, seed: int, assets: str | Path, offline: bool = False) -> list[Example]:
     """The first n examples that qualify, of the records shuffled by `seed`, as in the log.
 
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
     assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
-    make_example. With `cache` the result is kept in assets/cache under a name made of all that decides it.
-    Raises FileNotFoundError where the file cannot be had, OSError where it cannot be stored, ValueError for a
-    malformed record, an unknown task or order, or too few records that qualify.
+    make_example. What comes out is kept in assets/cache, under a name made of all that decides it.
+    Raises FileNotFoundError where the file cannot be had, OSError where it cannot be kept, ValueError for a
+    malformed record, two of one id, or too few that qualify.
     """
-    if (task, split) not in FILES or order not in ("context_first", "question_first"):
-        raise ValueError(f"no such task, split or order: {task!r}, {split!r}, {order!r}")
-    if min(max_prompt, max_answer, 1 if n is None else n) < 1 or min_prompt > max_prompt:
-        raise ValueError(f"max_prompt = {max_prompt}, max_answer = {max_answer}, n = {n}: at least 1; "
-                         f"min_prompt = {min_prompt}: at most max_prompt")
     assets = Path(assets)
     path = find_file(task, split, assets, offline)
-    published = FILES[task, split][1]
-    spans, sha256 = indexed(path, assets / "cache", cache)
-    if len(spans) != published:
-        note(f"{path} holds {len(spans):,} records; the published file holds {published:,}")
     rules = dict(order=order, max_prompt=max_prompt, min_prompt=min_prompt, max_answer=max_answer)
-    key = json.dumps([CACHE_FORMAT, task, split, sha256, VOCABULARY_SHA256, rules, n, seed])
-    store = assets / "cache" / f"{task}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    known = read_cache(store) if cache else None
-    if known is not None:
-        return [Example(*row) for row in known]
+    decisive = [task, split, sha256_of(path), VOCABULARY_SHA256, sha256_of(Path(__file__)), rules, n, seed]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+    store = assets / "cache" / f"{task}-{split}-{key[:16]}.json"
+    examples = read_cache(store)
+    if examples is not None:
+        return examples
 
+    if path.stat().st_size > 100e6:
+        say(f"reading {path.name}, once: up to a minute")
+    records = read_records(path)
+    published = FILES[task, split][1]
+    if len(records) != published:
+        note(f"{path} holds {len(records):,} records; the published file holds {published:,}")
     tokenizer = Tokenizer()
-    indices = list(range(len(spans)))
+    indices = list(range(len(records)))
     random.Random(seed).shuffle(indices)
     examples = []
-    with open(path, "rb") as file:
-        for i in indices:
-            if n is not None and len(examples) == n:
-                break
-            start, end = spans[i]
-            file.seek(start)
-            try:
-                example = make_example(task, json.loads(file.read(end - start)), tokenizer, **rules)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: record {i + 1}: {error}") from None
-            if example is not None:
-                examples.append(example)
+    for i in indices:
+        if n is not None and len(examples) == n:
+            break
+        try:
+            example = make_example(task, records[i], tokenizer, **rules)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: record {i + 1}: {error}") from None
+        if example is not None:
+            examples.append(example)
     if not examples or (n is not None and len(examples) < n):
         setting = "n_train" if split == "train" else "n_val"
-        raise ValueError(f"{path}: only {len(examples)} of {len(spans)} records qualify (min_prompt = "
+        raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
                          f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
-    if cache:
-        write_cache(store, rows(examples))
+    if len({example.id for example in examples}) < len(examples):
+        raise ValueError(f"{path}: two of its records have the same id; restore the published file")
+    write_cache(store, examples)
     return examples
 
 
@@ -346,16 +411,16 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, skip = divmod(start, per_epoch)
     while True:
-        generator = random.Random(f"{seed} {epoch}")
+        rng = random.Random(f"{seed} {epoch}")
         order = list(range(len(examples)))
         if shuffle:
-            generator.shuffle(order)
+            rng.shuffle(order)
             window = 16 * batch_size
             windows = [order[i:i + window] for i in range(0, len(order), window)]
             order = [j for part in windows for j in sorted(part, key=lambda j: len(examples[j].prompt))]
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         if shuffle:
-            generator.shuffle(groups)
+            rng.shuffle(groups)
         for group in groups[skip:]:
             yield [examples[j] for j in group]
         epoch, skip = epoch + 1, 0

@@ -1,365 +1,465 @@
-"""The ruler: what the runs on disk say about a round, and how sure that is.
+"""The ruler: score a model, record it, compare the two arms of a round, say what came out.
 
-    python eval.py R8                           both arms of every seed, their difference, beside the log
+    python eval.py R8                           both arms of every finished seed, their difference, the log
     python eval.py --all --plot report.png
 
-Everything is computed from the records that evaluations left (records.py), so a report needs no model. A
-difference d is prompt_fs minus no_fs on the same example; the last evaluation counts, on the whole validation
-set.
+Every evaluation leaves a record an example (records.jsonl), and every report is computed from these. A
+difference d is prompt_fs minus no_fs on the same example, at the last evaluation.
 
-    d_acc    token accuracy: the share of an answer's tokens right under teacher forcing, as in the log
-    d_loss   the log's loss: the first answer token's plus the mean of the others', in nats
-    d_EM     exact match of the greedy text (HotpotQA), or the likeliest of the question's own labels (ARC)
-    d_F1     F1 of the greedy text (HotpotQA)
+    acc     token accuracy: the share of an answer's tokens right under teacher forcing, as in the log
+    loss    the log's loss: the first answer token's plus the mean of the others', in nats
+    EM      HotpotQA: exact match of the greedy text; ARC: option accuracy, the likeliest of the question's labels
+    F1      HotpotQA: of the greedy text
 
-Within a seed: paired bootstrap over examples, and sign flips of examples. Over seeds: `stats.over_seeds`,
-which allows for other seeds and other questions; p of exact sign flips of seeds (never below 2^(1 - seeds)),
-and of sign flips of questions (is it more than chance, for these seeds?). Standard deviations are the
-population's, as in the log. The verdict follows stats.RULE. How scores come about is in score.py, the
-statistics are in stats.py.
-
-Shapes: S seeds, n examples, M metrics.
+References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM and
+F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, T tokens in its
+longest prompt, A in its longest answer, R answers that continue its prompts, V vocabulary entries.
 """
 
 import argparse
 import json
+import math
+import random
+import re
+import string
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Callable, Sequence
 
 import numpy as np
+import torch
 
-from figures import Figure, draw
-from files import atomic_write
-from records import ARMS, METRICS, Runs, check_comparable, read_round, seeds_on_disk
-from rounds import Round, expand, load_rounds, miniature, seeds_of
-from stats import (EFFECT, JUMP, RULE, bootstrap_interval, needed, noise_floor, over_seeds, sign_flip_p,
-                   t_test, verdict)
+from data import Example, collate, pad
+from files import (ARMS, METRICS, Runs, atomic_write, complain, locked, read_round, read_run,
+                   seeds_on_disk)
+from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
+from model import RWKV7, read_tensors
+from rounds import Round, expand, load_rounds, seeds_of
+from standin import small_tokenizer
+from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, bootstrap_interval, chance_to_gain, holm, judge, mcnemar,
+                   sign_test, signs)
+from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-# same data and order, another Future-Seed
-COMPARED = (("R2", "R9a"), ("R2", "S7"), ("R6", "R8"), ("R6", "R9b"), ("R6", "R10"), ("R6", "S1"),
-            ("R6", "S2"), ("S1", "S3"), ("R8", "S4"), ("R9b", "S5"), ("R7", "S6"), ("S7", "S8"), ("S6", "S9"),
-            ("S1", "S10"), ("S1", "S11"), ("S10", "S3"), ("S11", "S3"))
-LOG_BATCHES = 16    # of validation answers in one evaluation of the log
+try:
+    from matplotlib.figure import Figure
+except ImportError:    # figures are optional
+    Figure = None
+
+# what becomes of prompt_fs, once trained, when its seed states are taken away, or made from the wrong prompt
+SHOWN = "S3"    # the round in which Future-Seed is seen at work
+CONTROLS = {"off": "switched off", "other": "from another prompt", "shuffled": "from the prompt, its end shuffled"}
+
+
+# ---- score -------------------------------------------------------------------------------------------------
+
+def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer) -> list[dict]:
+    prompt, lengths, answer, answer_lengths = collate(batch, device)
+    logits, state = answer_logits(model, fs, prompt, lengths, answer, answer_lengths)    # (B, A, V)
+    losses = answer_loss(logits, answer, answer_lengths).tolist()
+    hits = (logits.argmax(dim=-1) == answer).tolist()
+    # answers carry no end mark, so greedy decoding writes as many tokens as the gold answer has, in both arms
+    written = model.generate(logits[:, 0], state, answer.shape[1]).tolist()
+    records = []
+    for row, example in enumerate(batch):
+        count = len(example.answer)
+        text = words_in(written[row][:count], tokenizer)
+        exact, f1, option = exact_match(text, example.text), f1_score(text, example.text), None
+        if example.choices:
+            option = max(example.choices, key=lambda label: logits[row, 0, example.choices[label]].item())
+            exact = f1 = float(option == example.text)
+        records.append({
+            "id": example.id, "loss": losses[row], "tokens": count, "correct": sum(hits[row][:count]),
+            "exact": int(exact), "f1": f1, "option": option, "gold": example.text, "text": text,
+        })
+    return records
+
+
+def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[list[int]] | None:
+    """The prompts that seed states are made from under a control of CONTROLS; None for the examples' own."""
+    if control == "other":
+        return [example.prompt for example in [*examples[1:], examples[0]]]
+    if control != "shuffled":
+        return None
+    prompts = []
+    for example in examples:
+        start = len(example.prompt) - example.tail
+        tail = example.prompt[start:]
+        random.Random(example.id).shuffle(tail)
+        prompts.append(example.prompt[:start] + tail)
+    return prompts
+
+
+@torch.no_grad()
+def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = None, *, batch_size: int, device,
+          step: int, tokenizer, control: str | None = None,
+          tick: Callable[[int, int], None] = lambda done, more: None) -> list[dict]:
+    """One evaluation: a record for every example, in the order of the examples, whatever the batches.
+
+    Args: model, on `device`; fs, Future-Seed while reading the prompts, or None; batch_size, examples at once;
+        step and control, one of CONTROLS, written into the records; tick, called after every batch with how
+        many examples are done and how many of them in this batch. On a GPU products are in bf16.
+    Returns: dicts with step, id, loss (first answer token's negative log likelihood plus the mean of the
+        others', nats), tokens, correct (argmax right under teacher forcing), exact and f1 (ARC: the likeliest
+        of the question's own labels is the gold one; HotpotQA: of the greedy text), option (ARC, else None),
+        gold, text (decoded greedily).
+    """
+    device = torch.device(device)
+    kind = {"step": step} if control is None else {"step": step, "control": control}
+    if control == "off":
+        fs = None
+    seed_prompts = seed_prompts_of(control, examples)
+    # neighbours of equal length waste no time on padding; the longest go first: memory fails early or never
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].prompt))
+    records: list[dict] = [{}] * len(examples)
+    for done in range(0, len(order), batch_size):
+        places = order[done:done + batch_size]
+        batch = [examples[place] for place in places]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            seed = fs
+            if seed_prompts:
+                seed = borrowed(model, fs, *pad([seed_prompts[place] for place in places], device))
+            scored = score_batch(model, batch, seed, device, tokenizer)
+        for place, record in zip(places, scored):
+            records[place] = {**kind, **record}
+        tick(done + len(batch), len(batch))
+    return records
+
+
+def means_of(records: list[dict]) -> dict[str, float]:
+    """Means over the records of one evaluation, by metric."""
+    rows = [(record["correct"] / record["tokens"], record["loss"], record["exact"], record["f1"])
+            for record in records]
+    return dict(zip(METRICS, np.mean(rows, axis=0).tolist()))
+
+
+def words_of(means: dict[str, float], task: str) -> str:
+    """An evaluation in words: in ARC one of the question's options is chosen."""
+    rest = f"exact match {means['EM']:.4f}, F1 {means['F1']:.4f}"
+    if task == "arc":
+        rest = f"option accuracy {means['EM']:.4f}"
+    return f"loss {means['loss']:.4f}, token accuracy {means['acc']:.4f}, {rest}"
+
+
+def words_in(tokens: list[int], tokenizer) -> str:
+    """What a model wrote. The last ids have no token, but a model that knows little may choose one."""
+    return tokenizer.decode([token for token in tokens if token in tokenizer.tokens])
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: what two answers are compared by."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split())
+
+
+def exact_match(answer: str, gold: str) -> float:
+    return float(normalise(answer) == normalise(gold))
+
+
+def f1_score(answer: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over words; yes, no and noanswer count only as a whole."""
+    answer, gold = normalise(answer), normalise(gold)
+    if answer != gold and {answer, gold} & {"yes", "no", "noanswer"}:
+        return 0.0
+    common = sum((Counter(answer.split()) & Counter(gold.split())).values())
+    if common == 0:
+        return 0.0
+    precision = common / len(answer.split())
+    recall = common / len(gold.split())
+    return 2 * precision * recall / (precision + recall)
+
+
+# ---- compare -----------------------------------------------------------------------------------------------
+
+def labels_of(run: dict, recipe: Round) -> list[str]:
+    """What a reader must know before comparing a round's numbers with the log's."""
+    base, settings = run["base"].get("name"), run["settings"]
+    labels = []
+    if run["standin"]:
+        labels.append("ON THE STAND-IN, made-up questions and a tiny base: not comparable with the log")
+    elif base != recipe.base:
+        labels.append(f"ANOTHER BASE, {base}: not comparable with the log")
+    if run.get("minutes") is not None:
+        labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
+    changed = [f"{key}={settings.get(key)}" for key, value in recipe.settings().items()
+               if settings.get(key) != value]
+    if changed:
+        labels.append(f"settings changed from the round's: {', '.join(changed)}")
+    return labels
+
+
+def analyse(runs: Runs, recipe: Round) -> dict:
+    """All numbers of the report on one round, as plain JSON values; `recipe`, the round as it stands in
+    rounds.toml, gives its title and the log."""
+    x = runs.scores[:, 1] - runs.scores[:, 0]         # (S, n, M)
+    means = runs.scores.mean(axis=2)                  # (S, 2, M)
+    deltas = x.mean(axis=1)                           # (S, M)
+    low, high = bootstrap_interval(x.swapaxes(0, 1))  # (S, M) each
+    per_seed = []
+    for s, seed in enumerate(runs.seeds):
+        line = {"seed": seed, "steps": runs.steps[s]}
+        for m, metric in enumerate(METRICS):
+            line[metric] = {"no_fs": float(means[s, 0, m]), "prompt_fs": float(means[s, 1, m]),
+                            "d": float(deltas[s, m]), "low": float(low[s, m]), "high": float(high[s, m])}
+        per_seed.append(line)
+    verdict, least, most = judge(x[..., 0])
+    share, share_low, share_high = chance_to_gain(deltas[:, 0])
+    learned = means[..., 0] > JUMP                    # (S, 2)
+    over_seeds = {metric: {"mean": float(deltas[:, m].mean()), "std": float(deltas[:, m].std()),
+                           "signs": signs(deltas[:, m])} for m, metric in enumerate(METRICS)}
+    return {
+        "round": recipe.name, "title": recipe.title, "task": recipe.task, "order": runs.run["settings"]["order"],
+        "primary": recipe.primary, "standin": runs.run["standin"], "L": runs.run["settings"]["max_prompt"],
+        "facts": runs.run["settings"]["facts"], "layer_start": runs.run["settings"]["fs_layer_start"],
+        "gate": 1 / (1 + math.exp(-runs.run["settings"]["alpha_init"])), "seeds": runs.seeds, "examples": x.shape[1],
+        "labels": labels_of(runs.run, recipe), "notes": runs.notes, "per_seed": per_seed,
+        "over_seeds": over_seeds, "verdict": verdict, "median": float(np.median(deltas[:, 0])),
+        "low": float(least), "high": float(most), "p": float(sign_test(deltas[:, 0])),
+        "gain": [float(share), float(share_low), float(share_high)],
+        "jumped": learned.sum(axis=0).tolist(), "p_jumped": float(mcnemar(learned[:, 0], learned[:, 1])),
+        "controls": runs.controls, "log": log_numbers(recipe) if recipe.log else None,
+    }
+
+
+def log_numbers(recipe: Round) -> dict:
+    """The log's line of a round, recomputed from its per-seed numbers."""
+    log = recipe.log
+    deltas = np.array(log.d_acc)
+    mean, std = float(deltas.mean()), float(deltas.std())
+    off = max(abs(mean - log.mean), abs(std - log.std))    # each number was rounded to 4 digits
+    return {"d_acc": list(log.d_acc), "mean": log.mean, "std": log.std, "d_loss": log.d_loss,
+            "status": log.status, "recomputed": [mean, std], "as_logged": off < 1.5e-4, "signs": signs(deltas),
+            "verdict": judge(deltas[:, None])[0]}
+
+
+# ---- say ---------------------------------------------------------------------------------------------------
+
+def interval(low: float, high: float) -> str:
+    return f"[{low:+.4f}, {high:+.4f}]"
+
+
+def text_of_round(result: dict, p_in_words: str) -> str:
+    """One round's report for a terminal."""
+    S = len(result["seeds"])
+    length = "" if result["standin"] else f", L={result['L']}"
+    lines = [f"{result['round']}: {result['title']}{length}; {S} seed{'s' * (S > 1)} on {result['examples']} "
+             "questions"]
+    lines += [f"  {label}" for label in result["labels"] + result["notes"]]
+    lines.append("  metric seed     step    no_fs  prompt_fs        d  95% interval, over questions")
+    # the stand-in's answers, a token each, have nothing but accuracy and loss; ARC's F1 is its EM
+    shown = METRICS[:2] if result["standin"] else METRICS[:3] if result["task"] == "arc" else METRICS
+    for metric in shown:
+        for line in result["per_seed"]:
+            value = line[metric]
+            steps = "/".join(map(str, dict.fromkeys(line["steps"])))    # one number if they agree
+            lines.append(f"  {metric:<6} {line['seed']:<5} {steps:>7} {value['no_fs']:>8.4f} "
+                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  "
+                         f"{interval(value['low'], value['high'])}")
+        if S > 1:
+            over = result["over_seeds"][metric]
+            lines.append(f"  {metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) "
+                         f"{over['signs']}")
+    verdict = result["verdict"]
+    if S < MIN_SEEDS:
+        verdict += f": {S} of the {MIN_SEEDS} seeds that a verdict needs"
+    else:
+        lines.append(f"  d_acc of the typical seed: median {result['median']:+.4f} "
+                     f"{interval(result['low'], result['high'])}; sign test over seeds {p_in_words}")
+        share, low, high = result["gain"]
+        lines.append(f"  a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]")
+    lines.append(f"  verdict on d_acc: {verdict}")
+    if result["standin"]:
+        without, with_fs = result["jumped"]
+        lines.append(f"  seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
+                     f"{with_fs} of {S}; exact paired p {result['p_jumped']:.3f}")
+    for control, values in result["controls"].items():
+        shown = " ".join(f"{value:.4f}" for value in values)
+        lines.append(f"  accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: {shown}")
+    log = result["log"]
+    if log:
+        real = " (on real records)" if result["standin"] else ""
+        lines.append(f"  the log{real}: d_acc {' '.join(f'{delta:+.4f}' for delta in log['d_acc'])}, mean "
+                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule "
+                     f"{log['verdict']}")
+    return "\n".join(lines) + "\n"
+
+
+def text_of(results: list[dict]) -> str:
+    """The reports of several rounds. One comparison was registered as the study's question; the p-values of the
+    others count as one family of tests."""
+    family = [result for result in results if not result["primary"] and len(result["seeds"]) >= MIN_SEEDS]
+    corrected = dict(zip([result["round"] for result in family], holm([result["p"] for result in family])))
+    texts = []
+    for result in results:
+        words = f"p {result['p']:.4f}, the study's registered question"
+        if not result["primary"]:
+            p = corrected.get(result["round"], 1.0)
+            words = f"p {p:.4f} (Holm, {len(family)} rounds)" if len(family) > 1 else f"p {p:.4f} (exploratory)"
+        texts.append(text_of_round(result, words))
+    return "\n".join(texts)
+
+
+def text_of_log(rounds: list[Round]) -> str:
+    """The log's table, recomputed from its per-seed numbers."""
+    lines = ["round  d_acc by seed                             mean     std     +/0/-  as logged  "
+             "by our rule; the log's words"]
+    for recipe in rounds:
+        log = log_numbers(recipe)
+        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
+        mean, std = log["recomputed"]
+        lines.append(f"{recipe.name:<5}  {deltas:<40}  {mean:+.4f}  {std:.4f}  {log['signs']}  "
+                     f"{'yes' if log['as_logged'] else 'NO':<9}  {log['verdict']}; \"{log['status']}\"")
+    return "\n".join(lines) + "\n"
+
+
+def report(recipe: Round, runs_dir: str | Path) -> tuple[dict, str]:
+    """The report on a round's finished seeds, also written into runs_dir under the log's file name."""
+    result = analyse(read_round(Path(runs_dir) / recipe.name), recipe)
+    text = text_of([result])
+    name = recipe.log.summary if recipe.log else f"_summary_{recipe.name}.txt"
+    with locked(Path(runs_dir) / recipe.name, wait=True), atomic_write(Path(runs_dir) / name, "w") as file:
+        file.write(text)
+    return result, text
+
+
+def explain(result: dict, seed: int, validation: list[Example], tokenizer, folder: Path) -> str:
+    """A seed on the stand-in in plain words: what was asked, what came out, what that does and does not say."""
+    s = result["seeds"].index(seed)
+    acc, off, facts = result["per_seed"][s]["acc"], result["controls"]["off"][s], result["facts"]
+    answers = []
+    for arm in ARMS:
+        lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
+        answers.append([json.loads(line)["text"].strip() for line in lines])
+    differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
+    lines = [f"Seed {seed} in words. {len(validation)} questions on {facts} facts each; a guess among the facts is right "
+             f"{1 / facts:.0%} of the time.",
+             f"  Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
+             f"  The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
+    for i in differ[:4]:
+        question = " ".join(tokenizer.decode(validation[i].prompt).replace("\n\n", ", ").split())
+        lines += [f"    {question}",
+                  f"      right is {validation[i].text}; no_fs says {answers[0][i]}, prompt_fs says {answers[1][i]}"]
+    lines.append(f"  With its seed states switched off after training, prompt_fs answers {off:.0%} right.")
+    if abs(acc["prompt_fs"] - off) < EFFECT:
+        lines += [f"  So it does not use them: in this round their gate is {result['gate']:.3f} from layer "
+                  f"{result['layer_start']} on.",
+                  f"  To see Future-Seed at work in the same time: python train.py --round {SHOWN} --seed {seed}"]
+    else:
+        lines.append("  So it answers by way of them.")
+    lines += [f"  One seed decides nothing, for another may learn what this one missed: a verdict needs {MIN_SEEDS}, as "
+              f"with --seeds 0-{MIN_SEEDS - 1}.",
+              f"  To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'"
+              + tokenizer.decode(validation[0].prompt).replace("\n", "\\n") + "'"]
+    return "\n".join(lines)
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """A row a round: every seed's accuracy in both arms, joined, and with its seed states switched off; then
+    every seed's d_acc and, from MIN_SEEDS on, the interval of the verdict. Real rounds and rounds on the
+    stand-in are drawn apart."""
+    groups = [[result for result in results if result["standin"] == made_up] for made_up in (False, True)]
+    groups = [group for group in groups if group]
+    heights = [1.2 + 0.5 * len(group) for group in groups]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    for part, group in zip(np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=heights)), groups):
+        left, right = part.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
+        for place, result in enumerate(group):
+            accs = [line["acc"] for line in result["per_seed"]]
+            for acc in accs:
+                left.plot([acc["no_fs"], acc["prompt_fs"]], [place - 0.2, place], color="0.8", linewidth=0.8)
+            marks = [("no_fs", "o", "tab:gray", -0.2, [acc["no_fs"] for acc in accs]),
+                     ("prompt_fs", "D", "tab:orange", 0.0, [acc["prompt_fs"] for acc in accs]),
+                     ("prompt_fs, its seed states off", "x", "tab:blue", 0.2, result["controls"].get("off", []))]
+            for name, mark, colour, shift, values in marks:
+                left.plot(values, [place + shift] * len(values), mark, color=colour, markersize=5, alpha=0.7,
+                          label=None if place else name)
+            if result["standin"]:
+                left.plot([1 / result["facts"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
+                          label=None if place else "a guess among the facts")
+            right.plot([acc["d"] for acc in accs], [place] * len(accs), "D", color="tab:orange", markersize=4,
+                       alpha=0.7)
+            if len(accs) >= MIN_SEEDS:
+                right.plot([result["low"], result["high"]], [place + 0.2] * 2, color="black", linewidth=2)
+        names = ["\n".join([f"{result['round']}: {result['title']}", *result["labels"][result["standin"]:]])
+                 for result in group]
+        left.set_yticks(range(len(group)), names, fontsize=8)
+        left.set_ylim(len(group) - 0.4, -0.6)
+        left.set_xlim(0, 1.02)
+        left.set_xlabel("token accuracy, a mark a seed" + " (ON THE STAND-IN)" * group[0]["standin"])
+        right.axvspan(-EFFECT, EFFECT, color="black", alpha=0.06, linewidth=0)
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_xlabel(f"d_acc by seed; bar: 95% interval of the typical seed, from {MIN_SEEDS} seeds on")
+        left.legend(fontsize=7, loc="lower left")
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix[1:])
+
+
+# ---- ask ---------------------------------------------------------------------------------------------------
+
+def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) -> str:
+    """A trained model's answer: its next tokens after the prompt, up to the end of the line.
+
+    Args: checkpoint, an official-format file; the run.json and fs.pth that a run leaves beside it decide on
+        Future-Seed; text, a whole prompt if it ends in "Answer:", else a question, put as the rounds put
+        theirs; max_new, tokens (a model of the stand-in writes one); temperature and top_p as in generate.
+    Raises: ValueError or OSError naming the file or the value.
+    """
+    checkpoint = Path(checkpoint)
+    if max_new < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError("--max-new must be 1 or more, --temperature 0 or more, --top-p above 0 and up to 1")
+    prompt = text if text.rstrip().endswith("Answer:") else f"Question:\n{text.strip()}\n\nAnswer:"
+    model = RWKV7.load(checkpoint)
+    tokenizer = Tokenizer()
+    if model.config.vocab_size == len(small_tokenizer().tokens):
+        tokenizer, max_new = small_tokenizer(), 1    # its answers are a token long, and nothing marks their end
+    fs = None
+    if checkpoint.with_name("fs.pth").exists():
+        run = read_run(checkpoint.absolute().parent)
+        try:
+            recipe = Round(run["round"], "", **run["settings"])
+            fs = FutureSeed(model.config, **recipe.fs_settings())
+            fs.load_state_dict(read_tensors(checkpoint.with_name("fs.pth"))[0])
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{checkpoint.with_name('fs.pth')}: does not fit its run.json ({error!r:.160})")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    if fs is not None:
+        fs.to(device)
+    tokens, lengths = pad([tokenizer.encode(prompt)], device)
+    if tokens.max() >= model.config.vocab_size:
+        raise ValueError(f"{checkpoint}: its vocabulary has {model.config.vocab_size} entries, not 65536")
+    with torch.no_grad():
+        hidden, state = prefill(model, tokens, lengths, fs)
+        stop = (END_OF_DOCUMENT, *tokenizer.encode("\n"))
+        new = model.generate(model.head(hidden[:, -1]), state, max_new, temperature=temperature, top_p=top_p,
+                             stop=stop)
+    return words_in(new[0].tolist(), tokenizer).strip().split("\n")[0]
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
 EXAMPLES = f"""examples:
-  python eval.py R8                         one round, every seed found in runs/
-  python eval.py R6 R8 R9                   several, and the comparisons that they allow
+  python eval.py R8                         one round, every finished seed in runs/
   python eval.py --all --plot report.png    every round found, and a figure (needs matplotlib)
-  python eval.py --all --markdown           a table for pasting; --json for programs
-  python eval.py --log                      the log's own table, recomputed, with t-tests
+  python eval.py S20 --runs runs/standin    rounds that ran on the stand-in; --json for programs
+  python eval.py --log                      the log's own table, recomputed
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
 
 the verdict on a round, by a rule fixed before any run: {RULE}"""
 
 
-# ---- what the runs say -------------------------------------------------------------------------------------
-
-def signs(deltas) -> str:
-    """The log's sign pattern: how many seeds are +/0/-."""
-    rounded = np.sign(np.round(deltas, 12))    # a difference of equal sums may be 1e-17
-    return "/".join(str(int((rounded == sign).sum())) for sign in (1, 0, -1))
-
-
-def effect(x: np.ndarray) -> dict:
-    """Means over seeds, intervals and p-values of differences x (S, n, M), by metric."""
-    deltas = x.mean(axis=1)    # (S, M)
-    p_questions = sign_flip_p(x.mean(axis=0))
-    p_seeds = sign_flip_p(deltas)
-    if len(x) > 1:
-        mean, half = over_seeds(np.moveaxis(x, -1, 0))
-        low, high = mean - half, mean + half
-    else:
-        mean, (low, high) = deltas[0], bootstrap_interval(x[0])
-    return {
-        metric: {
-            "mean": float(mean[m]), "low": float(low[m]), "high": float(high[m]),
-            "std": float(deltas[:, m].std()), "signs": signs(deltas[:, m]),
-            "p_seeds": float(p_seeds[m]), "p_questions": float(p_questions[m]),
-        }
-        for m, metric in enumerate(METRICS)
-    }
-
-
-def log_numbers(round: Round) -> dict:
-    """The log's line of a round, recomputed from its per-seed numbers, with the t-test that it lacked."""
-    log = round.log
-    deltas = np.array(log.d_acc)
-    if round.task == "arc":
-        # ARC answers are one token, so accuracies are multiples of 1/128: undo the log's rounding to 4 digits
-        answers = LOG_BATCHES * round.batch_size
-        deltas = np.round(deltas * answers) / answers
-    mean, std = float(deltas.mean()), float(deltas.std())
-    if f"{mean:.4f} {std:.4f}" == f"{log.mean:.4f} {log.std:.4f}":
-        as_logged = "yes"
-    else:    # each of its numbers was rounded by up to half a digit, and so was its result
-        as_logged = "to rounding" if max(abs(mean - log.mean), abs(std - log.std)) < 1e-4 else "no"
-    low = high = p = None
-    ruling = "inconclusive"
-    if len(deltas) > 1:
-        _, half, p = t_test(deltas)
-        low, high = mean - half, mean + half
-        ruling = verdict(low, high, len(deltas))
-    return {
-        "d_acc": list(log.d_acc), "mean": log.mean, "std": log.std, "d_loss": log.d_loss,
-        "status": log.status, "recomputed_mean": mean, "recomputed_std": std, "as_logged": as_logged,
-        "signs": signs(deltas),
-        "low": low, "high": high, "p": p, "verdict": ruling,
-    }
-
-
-def analyse(runs: Runs, round: Round) -> dict:
-    """All numbers of the report on one round, as plain JSON values; `round` gives the recipe and the log."""
-    last = runs.last()               # (S, 2, n, M)
-    means = last.mean(axis=2)        # (S, 2, M)
-    x = last[:, 1] - last[:, 0]      # (S, n, M)
-    by_example = x.swapaxes(0, 1)    # (n, S, M)
-    low, high = bootstrap_interval(by_example)
-    p = sign_flip_p(by_example)
-    per_seed = []
-    for s, seed in enumerate(runs.seeds):
-        line = {"seed": seed, "steps": {arm: int(runs.tables[seed, arm][0][-1]) for arm in ARMS}}
-        for m, metric in enumerate(METRICS):
-            without, with_fs = means[s, :, m].tolist()
-            line[metric] = {"no_fs": without, "prompt_fs": with_fs, "d": with_fs - without,
-                            "low": float(low[s, m]), "high": float(high[s, m]), "p": float(p[s, m])}
-        per_seed.append(line)
-    over = effect(x)
-    seeds_needed, questions_needed = needed(x[..., 0]) if len(x) > 1 else (None, None)
-    curves = [
-        {"seed": seed, "arm": arm, "steps": steps.tolist(), "acc": scores[..., 0].mean(axis=1).tolist(),
-         "loss": scores[..., 1].mean(axis=1).tolist()}
-        for (seed, arm), (steps, scores) in runs.tables.items()
-    ]
-    settings = runs.run["settings"]
-    made_up = bool(runs.run.get("standin"))
-    recipe = (miniature(round) if made_up else round).settings().items()
-    changed = [f"{key}={settings.get(key)}" for key, value in recipe if settings.get(key) != value]
-    log_seeds = len(round.log.d_acc) if round.log else len(x)
-    result = {
-        "round": runs.name, "title": round.title, "task": round.task, "order": round.order,
-        "seeds": runs.seeds, "examples": len(runs.ids),
-        "standin": made_up, "base": runs.run["base"].get("name"), "round_base": settings.get("base"),
-        "minutes": runs.run.get("minutes"), "changed": changed, "unfinished": runs.unfinished,
-        "per_seed": per_seed, "over_seeds": over,
-        "jumped": dict(zip(ARMS, (means[..., 0] > JUMP).sum(axis=0).tolist())) if made_up else None,
-        "seed_off": {seed: float(scores[:, 0].mean()) for seed, scores in runs.seed_off.items()},
-        "verdict": verdict(over["acc"]["low"], over["acc"]["high"], len(x)),
-        "log": log_numbers(round) if round.log else None,
-        "noise": noise_floor(runs.accuracies(), LOG_BATCHES * round.batch_size, log_seeds),
-        "needed": {"effect": EFFECT, "seeds": seeds_needed, "questions": questions_needed},
-        "curves": curves,
-    }
-    return result | {"labels": labels(result)}
-
-
-def compare(a: Runs, b: Runs) -> dict:
-    """What another Future-Seed changes: prompt_fs of round b minus prompt_fs of round a, by seed and example.
-
-    The no_fs arms of the two rounds are the same recipe and would add nothing but noise. Raises ValueError
-    where more than Future-Seed sets the rounds apart.
-    """
-    check_comparable(a, b)
-    seeds = sorted({*a.seeds} & {*b.seeds})
-    with_fs = [[runs.tables[seed, "prompt_fs"][1][-1] for seed in seeds] for runs in (a, b)]
-    x = np.array(with_fs[1]) - np.array(with_fs[0])    # (S, n, M)
-    return {"rounds": [a.name, b.name], "seeds": seeds, "over_seeds": effect(x)}
-
-
-# ---- how they say it ---------------------------------------------------------------------------------------
-
-def interval(numbers: dict) -> str:
-    return f"[{numbers['low']:+.4f}, {numbers['high']:+.4f}]"
-
-
-def overall(numbers: dict) -> str:
-    p_values = f"{numbers['p_seeds']:.3f} seeds, {numbers['p_questions']:.3f} questions"
-    spread = f"std {numbers['std']:.4f}, sign(+/0/-) {numbers['signs']}"
-    return f"{numbers['mean']:+.4f}  {interval(numbers)}  {p_values}; {spread}"
-
-
-def labels(result: dict) -> list[str]:
-    """What a reader must know before comparing a round's numbers with the log's."""
-    found = []
-    if result["standin"]:
-        found.append("STAND-IN RECORDS, made up to try things: not comparable with the log")
-    if (result["base"] or "").startswith("init"):
-        found.append(f"UNTRAINED BASE {result['base']}: not comparable with the log")
-    elif not result["standin"] and result["base"] != result["round_base"]:
-        found.append(f"ANOTHER BASE, {result['base']}: not comparable with the log")
-    if result["minutes"] is not None:
-        found.append(f"{result['minutes']:g} minutes of training an arm, in place of the round's steps")
-    if result["changed"]:
-        found.append(f"settings changed from the round's: {', '.join(result['changed'])}")
-    if result["unfinished"]:
-        found.append(f"unfinished: {', '.join(result['unfinished'])}")
-    return found
-
-
-def text_of(result: dict) -> str:
-    """One round's report for a terminal."""
-    S, n = len(result["seeds"]), result["examples"]
-    lines = [f"{result['round']}: {result['title']}; {S} seed{'s' if S > 1 else ''} on {n} examples"]
-    lines += [f"  {label}" for label in result["labels"]]
-    lines.append("  metric seed     step    no_fs  prompt_fs        d  95% interval         p")
-    # ARC's F1 is its EM, and the stand-in's answers, a token each, have nothing but accuracy and loss
-    shown = METRICS[:2] if result["standin"] else METRICS[:3] if result["task"] == "arc" else METRICS
-    for metric in shown:
-        for line in result["per_seed"]:
-            value = line[metric]
-            arms = f"{value['no_fs']:>8.4f} {value['prompt_fs']:>10.4f}"
-            steps = "/".join(map(str, dict.fromkeys(line["steps"].values())))    # one number if they agree
-            lines.append(f"  {metric:<6} {line['seed']:<5} {steps:>7} {arms}  {value['d']:+.4f}  "
-                         f"{interval(value)}  {value['p']:.3f}")
-        if S > 1:
-            lines.append(f"  {metric:<6} mean {'':<29}{overall(result['over_seeds'][metric])}")
-    if S == 1:
-        lines.append("  a single seed: its intervals allow for other questions, not for other seeds")
-    lines.append(f"  verdict: {result['verdict']}")
-    if result["jumped"]:
-        counts = ", ".join(f"{arm} in {count} of {S}" for arm, count in result["jumped"].items())
-        lines.append(f"  jumped (more than {JUMP:.0%} right at the end): {counts} seeds")
-    if result["seed_off"]:
-        off = " ".join(f"{value:.4f}" for value in result["seed_off"].values())
-        lines.append(f"  accuracy of prompt_fs with its seed switched off at the end, by seed: {off}")
-    log, noise, enough = result["log"], result["noise"], result["needed"]
-    if log:
-        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
-        real = " (on real records)" if result["standin"] else ""
-        lines.append(f"  the log{real}: d_acc {deltas}, mean {log['mean']:+.4f}, std {log['std']:.4f}, "
-                     f"d_loss {log['d_loss']:+.4f}, \"{log['status']}\"; by our rule {log['verdict']}")
-    if result["standin"]:
-        return "\n".join(lines) + "\n"    # its noise says nothing about the log's
-    lines.append(f"  noise of one seed's d_acc from the choice of answers: {noise['log']:.4f} by the log's "
-                 f"protocol ({noise['log_same']:.4f} if both arms draw alike), {noise['ours']:.4f} here")
-    if log and S > 1 and len(log["d_acc"]) > 1:
-        alike = f"{noise['spread_same']:.4f} if all its runs drew alike"
-        lines.append(f"  of the seed spread {log['std']:.4f} reported in the log, {noise['spread']:.4f} is "
-                     f"expected from its protocol alone ({alike})")
-    if S > 1 and result["over_seeds"]["acc"]["low"] < result["over_seeds"]["acc"]["high"]:
-        seeds = f"{enough['seeds']} seeds" if enough["seeds"] else "more than 200 seeds"
-        more = f"{enough['questions']} questions" if enough["questions"] else "no number of questions"
-        lines.append(f"  to see a d_acc of {enough['effect']} 4 times out of 5: {seeds} on these {n} "
-                     f"questions, or {more} with {S} seeds")
-    return "\n".join(lines) + "\n"
-
-
-def text_of_comparison(comparison: dict) -> str:
-    first, second = comparison["rounds"]
-    seeds = " ".join(map(str, comparison["seeds"]))
-    lines = [f"{second} minus {first}: their prompt_fs arms, paired by seed ({seeds}) and by example"]
-    lines += [f"  {metric:<6} {overall(comparison['over_seeds'][metric])}" for metric in METRICS]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_of(results: list[dict]) -> str:
-    """Tables for pasting: of the real rounds, and of those on the stand-in."""
-    tables = [table([result for result in results if result["standin"] == made_up])
-              for made_up, table in ((False, markdown_of_rounds), (True, markdown_of_standins))
-              if any(result["standin"] == made_up for result in results)]
-    return "\n".join(tables)
-
-
-def markdown_of_standins(results: list[dict]) -> str:
-    """Every seed's accuracy; what rounds share, as most do their no_fs, once."""
-    seeds = sorted({line["seed"] for result in results for line in result["per_seed"]})
-    rows = [["on the STAND-IN: accuracy by seed", *map(str, seeds), "mean", "jumped",
-             "d_acc [95%], p over seeds"]]
-    rows.append(["---"] * len(rows[0]))
-
-    def add(title, values, jumped="", difference=""):
-        shown = [f"{values[seed]:.2f}" if seed in values else "" for seed in seeds]
-        mean = f"{np.mean([*values.values()]):.3f}" if values else ""
-        row = [title, *shown, mean, jumped and f"{jumped} of {len(values)}", difference]
-        if row not in rows:
-            rows.append(row)
-
-    blocks = list(dict.fromkeys((result["task"], result["order"]) for result in results))
-    for result in sorted(results, key=lambda result: blocks.index((result["task"], result["order"]))):
-        over, jumped = result["over_seeds"]["acc"], result["jumped"]
-        without, with_fs = ({line["seed"]: line["acc"][arm] for line in result["per_seed"]} for arm in ARMS)
-        add(f"no_fs, {result['task']}, {result['order']}", without, str(jumped["no_fs"]))
-        p = f", {over['p_seeds']:.3f}" if len(result["seeds"]) > 1 else ""
-        difference = f"{over['mean']:+.3f} {interval(over)}{p}: {result['verdict']}"
-        title = "<br>".join([f"{result['round']}: {result['title']}", *result["labels"][1:]])
-        add(title, with_fs, str(jumped["prompt_fs"]), difference)
-        add(f"{result['round']}, its seed switched off", result["seed_off"])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def markdown_of_rounds(results: list[dict]) -> str:
-    heads = ("round", "seeds × examples", "d_acc [95%]", "std", "+/0/−", "d_loss [95%]", "d_EM [95%]",
-             "verdict", "log: d_acc ± std", "log, by our rule")
-    rows = [heads, ["---"] * len(heads)]
-    for result in results:
-        over, log = result["over_seeds"], result["log"]
-        acc, loss, exact = (f"{over[metric]['mean']:+.4f} {interval(over[metric])}" for metric in METRICS[:3])
-        rows.append((
-            "<br>".join([f"{result['round']}: {result['title']}", *result["labels"]]),
-            f"{len(result['seeds'])} × {result['examples']}",
-            acc, f"{over['acc']['std']:.4f}", over["acc"]["signs"], loss, exact, result["verdict"],
-            f"{log['mean']:+.4f} ± {log['std']:.4f}" if log else "", log["verdict"] if log else "",
-        ))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def text_of_log(rounds: list[Round]) -> str:
-    """The log's table, recomputed from its per-seed numbers."""
-    lines = ["round  d_acc by seed            mean     std     +/0/-  95% interval (t)    p      "
-             "as logged    by our rule; the log's words"]
-    for round in rounds:
-        log = log_numbers(round)
-        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
-        test = "one seed" if log["p"] is None else f"{interval(log)}  {log['p']:.3f}"
-        recomputed = f"{log['recomputed_mean']:+.4f}  {log['recomputed_std']:.4f}  {log['signs']}"
-        lines.append(f"{round.name:<5}  {deltas:<23} {recomputed}  {test:<25}  {log['as_logged']:<11}  "
-                     f"{log['verdict']}; \"{log['status']}\"")
-    return "\n".join(lines) + "\n"
-
-
-def write_summary(round: Round, runs_dir: str | Path = "runs") -> tuple[Path, str]:
-    """Write the summary of a round's finished seeds into runs_dir, under the log's file name and in its form.
-
-    Returns its path, and the report on the same seeds, as `python eval.py NAME` prints it. Raises ValueError
-    or OSError as `read_round`.
-    """
-    done = seeds_on_disk(round.name, runs_dir, finished=True)
-    left_out = [str(seed) for seed in seeds_on_disk(round.name, runs_dir) if seed not in done]
-    note = [f"left out, not finished: seed {', '.join(left_out)}"] if left_out else []
-    runs = read_round(round.name, runs_dir, done)
-    result = analyse(runs, round)
-    acc, loss = result["over_seeds"]["acc"], result["over_seeds"]["loss"]
-    settings = runs.run["settings"] | {"base": result["base"]}    # the one that was used
-    lines = [
-        f"settings: {json.dumps(settings)}", *result["labels"], "=" * 90,
-        f"L={settings['max_prompt']} pairs={len(runs.seeds)} mean d_acc={acc['mean']:+.4f} "
-        f"std={acc['std']:.4f} | mean d_loss={loss['mean']:+.4f} std={loss['std']:.4f} | "
-        f"sign(+/0/-)={acc['signs']}",
-    ]
-    for line in result["per_seed"]:
-        value = line["acc"]
-        lines.append(f"  seed={line['seed']} d_acc={value['d']:+.4f} (no={value['no_fs']:.4f} "
-                     f"fs={value['prompt_fs']:.4f}) d_loss={line['loss']['d']:+.4f}")
-    lines += [f"95% interval of the mean d_acc {interval(acc)}: {result['verdict']}", *note]
-    path = Path(runs_dir) / (round.log.summary if round.log else f"_summary_{round.name}.txt")
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
-    return path, text_of(result) + "".join(f"  {line}\n" for line in note)
-
-
-# ---- the command line --------------------------------------------------------------------------------------
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Report on rounds that were run: both arms, paired differences with intervals, the log.",
+        description="Report on rounds that were run: both arms, paired differences, the verdict, the log.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("rounds", nargs="*", metavar="R", help="R2 to R10 (R9 is R9a and R9b), S1 to S11")
+    option("rounds", nargs="*", metavar="R", help="rounds, as train.py --list names them")
     option("--all", action="store_true", help="every round that has runs")
-    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where they are (default: runs)")
+    option("--runs", type=Path, metavar="DIR", help="where they are (default: runs, else runs/standin)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
     option("--plot", type=Path, metavar="FILE", help="draw a figure too: .png, .svg or .pdf")
-    option("--markdown", action="store_true", help="print a Markdown table")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
     option("--checkpoint", metavar="PATH", help="the model to ask, as in runs/R8/seed1/prompt_fs/model.pth")
@@ -371,8 +471,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--ask TEXT and --checkpoint PATH go together")
     if not (args.rounds or args.all or args.log or args.ask is not None):
         parser.error("name a round, or give --all, --log or --ask (see --help)")
-    if args.log and (args.json or args.markdown or args.plot):
-        parser.error("--log is a plain table: leave --json, --markdown and --plot out")
     if args.plot and Figure is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -380,40 +478,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def complain(kind: str, error: Exception) -> None:
-    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
-
-
 def print_reports(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
-    rounds = load_rounds()
-    names = [name for name in rounds if seeds_on_disk(name, args.runs)] if args.all else expand(args.rounds)
-    if not names:
-        raise FileNotFoundError(f"{args.runs}: no runs of any round; run train.py first, or name --runs DIR")
+    real, miniatures = load_rounds()
+    folders = [args.runs] if args.runs else [Path("runs"), Path("runs/standin")]
     seeds = None if args.seeds is None else seeds_of(args.seeds)
-    found: dict[str, Runs] = {}
-    for name in names:
+    wanted = [(folder, name) for name in (real if args.all else expand(args.rounds, real)) for folder in folders
+              if seeds_on_disk(folder / name)]
+    if not wanted:
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; run train.py first, or name "
+                                "--runs DIR")
+    results, failed = [], False
+    for folder, name in wanted:
         try:
-            found[name] = read_round(name, args.runs, seeds)
+            runs = read_round(folder / name, seeds)
+            results.append(analyse(runs, (miniatures if runs.run["standin"] else real)[name]))
+            troubles = runs.damaged
         except (ValueError, OSError) as error:
-            complain("error", error)
-    results = [analyse(runs, rounds[name]) for name, runs in found.items()]
-    comparisons = []
-    for first, second in COMPARED:
-        if first in found and second in found:
-            try:
-                comparisons.append(compare(found[first], found[second]))
-            except ValueError as error:
-                complain("note", error)
+            troubles = [str(error)]
+        for trouble in troubles:
+            failed = True
+            complain(ValueError(trouble))
     if args.json:
-        print(json.dumps({"rounds": results, "comparisons": comparisons}, indent=1))
-    elif args.markdown and results:
-        print(markdown_of(results), end="")
+        print(json.dumps({"rounds": results}, indent=1))
     else:
-        print("\n".join([*map(text_of, results), *map(text_of_comparison, comparisons)]), end="")
+        print(text_of(results), end="")
     if args.plot and results:
         draw(results, args.plot)
-    return 0 if len(found) == len(names) else 2
+    return 2 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -421,18 +513,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.ask is not None:
-            from ask import ask    # here, since nothing else needs torch, which takes seconds to import
             print(ask(args.checkpoint, args.ask, max_new=args.max_new, temperature=args.temperature,
                       top_p=args.top_p))
-            return 0
-        if args.log:
-            rounds = load_rounds()
-            names = expand(args.rounds) if args.rounds else rounds
+        elif args.log:
+            rounds = load_rounds()[0]
+            names = expand(args.rounds, rounds) if args.rounds else rounds
             print(text_of_log([rounds[name] for name in names if rounds[name].log]), end="")
-            return 0
-        return print_reports(args)
+        else:
+            return print_reports(args)
+        return 0
     except (ValueError, OSError) as error:
-        complain("error", error)
+        complain(error)
         return 2
 
 

@@ -1,23 +1,79 @@
-"""Files: the one way in which this project puts one under its final name, and tensors in and out.
+"""The disk and the terminal: files whole or not at all, folders with one owner, runs read back, progress.
 
 A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
 name in the same folder, flushed to the disk, and only then renamed, which the file system does in one step: a
-reader sees the whole old file or the whole new one, never a part.
+reader sees the whole old file or the whole new one, never a part. And a run may have been stopped, moved or
+edited: what is read back is checked, and nothing damaged, unfinished or unlike is ever averaged.
 
-torch is imported where it is used: a report on records needs none of it.
+Shapes: S seeds, n examples, M metrics.
 """
 
 import contextlib
+import hashlib
+import json
+import math
 import os
+import re
+import shutil
+import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Iterator
+
+import numpy as np
+import torch
 
 try:
     import fcntl
 except ImportError:
-    fcntl = None    # Windows
+    fcntl = None    # Windows: no locks
 
+SECONDS_BETWEEN_LINES = 2
+ARMS = ("no_fs", "prompt_fs")
+METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
+AGAIN = "run this arm again with --fresh"
+
+
+# ---- the terminal ------------------------------------------------------------------------------------------
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: Exception) -> None:
+    """An error on one line; where it is a list, on a line an entry."""
+    say("error: " + "\n  ".join(" ".join(line.split()) for line in str(error).splitlines()))
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
+
+
+class Progress:
+    """How far a long piece of work is. What the work is counted in is the caller's to choose."""
+
+    def __init__(self, total: float, left: str = "left"):
+        self.total = total
+        self.left = left    # in words
+        self.done = 0.0
+        self.started = self.shown = time.monotonic()
+
+    def due(self, work: float) -> bool:
+        """Count some more work as done, and return whether it is time for a line."""
+        self.done += work
+        return time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
+
+    def line(self, text: str) -> None:
+        self.shown = time.monotonic()
+        pace = (self.shown - self.started) / max(self.done, 1e-9)
+        say(f"{text}; about {duration(pace * max(0.0, self.total - self.done))} {self.left}")
+
+
+# ---- files and folders -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -28,10 +84,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, mode, encoding=encoding) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,63 +99,260 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, made if need be, and clear away what killed ones left half
-    written. Raises ValueError where another process is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):    # some network disks have no locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
-                                 "--runs DIR") from None
-        for leftover in folder.glob(".*.????????"):
-            leftover.unlink()
-        yield
-    finally:
-        os.close(handle)
-
-
 def save_tensors(value, path: str | Path) -> None:
-    """torch.save, whole or not at all.
-    Raises OSError, also for a full disk, which torch calls a RuntimeError.
-    """
-    import torch
+    """torch.save, whole or not at all. OSError also for a full disk, which torch calls a RuntimeError."""
     try:
         with atomic_write(path) as file:
             torch.save(value, file)
     except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written, is the disk full? "
-                      f"({str(error).splitlines()[0][:120]})") from error
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f"{path}: cannot be written, is the disk full? ({reason})") from error
 
 
-def load_weights(path: str | Path) -> dict:
-    """A file's state dict of dense float tensors, on the CPU. Nothing in the file is executed.
+def write_lines(path: Path, lines: list[dict]) -> None:
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    Raises FileNotFoundError, or ValueError that names file and fault.
+
+def write_run(folder: Path, run: dict) -> None:
+    with atomic_write(folder / "run.json", "w") as file:
+        json.dump(run, file, indent=1)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Own a folder, made if need be, and clear away what killed processes left half written in it.
+
+    Raises ValueError where another process owns it, unless told to wait for that one to leave.
     """
-    import torch
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # torch raises half a dozen types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint, is it whole? ({reason[:160]})") from error
+        with contextlib.suppress(OSError):    # some network disks have no locks
+            try:
+                if fcntl:
+                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
+                                 "--runs DIR") from None
+        for leftover in folder.glob("**/.*.????????"):
+            leftover.unlink()
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
 
-    def is_plain(name, value) -> bool:
-        is_tensor = isinstance(name, str) and isinstance(value, torch.Tensor)
-        return (is_tensor and value.is_floating_point() and value.layout == torch.strided
-                and not value.is_meta)
 
-    if not isinstance(weights, dict) or not all(is_plain(*item) for item in weights.items()):
-        raise ValueError(f"{path}: not a state dict of dense float tensors, so not an RWKV-7 checkpoint")
-    return weights
+def clear(folder: Path, arms: list[str]) -> None:
+    """Delete what arms left in a seed's folder. A link goes, never what it points to."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and --fresh follows none; delete what it points to by hand")
+    for arm in arms:
+        if (folder / arm).is_symlink():
+            (folder / arm).unlink()
+        elif (folder / arm).exists():
+            shutil.rmtree(folder / arm)
+
+
+# ---- what a run is -----------------------------------------------------------------------------------------
+
+class AnotherRun(ValueError):
+    """What is on the disk is not the run that was asked for."""
+
+
+def differences(a, b, name: str = ""):
+    """Every place where two nested dicts differ: its name, as in settings.lr, and the two values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield name, a, b
+
+
+def in_words(there: dict, here: dict, most: int = 3) -> str:
+    """The first of these, as `settings.lr: 1e-05 there, 3e-05 here`; "" where there are none."""
+    found = list(differences(there, json.loads(json.dumps(here))))
+    shown = [f"{name}: {str(old)[:24]} there, {str(new)[:24]} here" for name, old, new in found[:most]]
+    return "; ".join(shown + [f"and {len(found) - most} more"] * (len(found) > most))
+
+
+def refuse_another(place: Path, found: dict, wanted: dict) -> None:
+    """Raises AnotherRun unless what was found on the disk has all that the wanted run's identity says."""
+    other = in_words({key: found.get(key) for key in wanted}, wanted)
+    if other:
+        raise AnotherRun(f"{place} holds another run ({other}); --fresh replaces it, --runs DIR keeps both")
+
+
+def read_run(folder: Path) -> dict:
+    """An arm's run.json, checked. ValueError names the file; FileNotFoundError where there is none."""
+    path = folder / "run.json"
+    kinds = {"round": str, "seed": int, "arm": str, "standin": bool, "status": str, "steps": int,
+             "settings": dict, "base": dict, "data": dict, "history": list}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [key for key, kind in kinds.items() if type(run.get(key)) is not kind]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder.name} was not run") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.80}); {AGAIN}") from error
+    here = [run["round"], f"seed{run['seed']}", run["arm"]]
+    if here != list(folder.absolute().parts[-3:]):
+        raise ValueError(f"{path}: describes {'/'.join(here)}; put the folder back in its place")
+    return run
+
+
+def status_of(folder: Path, identity: dict) -> str:
+    """An arm's status: absent, running or done. Raises AnotherRun where it is another run's."""
+    if not (folder / "run.json").exists():
+        return "absent"
+    run = read_run(folder)
+    refuse_another(folder, run, identity)
+    return run["status"]
+
+
+def twin_key(identity: dict, surroundings: dict) -> str:
+    """A hash of all that decides an arm's bits: not the round's name nor, in no_fs, its Future-Seed."""
+    settings = {key: value for key, value in identity["settings"].items()
+                if identity["arm"] != "no_fs" or not key.startswith(("fs_", "alpha_"))}
+    decisive = {**identity, **surroundings, "round": None, "settings": settings, "from_step": None}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
+    """Take over the same arm of another round, whole, and return whether there is one: R6 and R8 share no_fs.
+
+    Budgets in minutes depend on the clock and have no twins, nor has what was resumed in other surroundings.
+    """
+    seed, arm = folder.parts[-2:]
+    temporary = folder.with_name(f".{arm}.twincopy")
+    for path in sorted(folder.parents[2].glob(f"*/{seed}/{arm}")) if identity["minutes"] is None else ():
+        try:
+            run = read_run(path)
+            if run["status"] != "done" or run.get("twin") != twin or len(run["history"]) > 1:
+                continue
+            shutil.copytree(path, temporary)
+            files = ("model.pth",) if arm == "no_fs" else ("model.pth", "fs.pth", "controls.jsonl")
+            whole = run["steps"] in read_records(temporary / "records.jsonl")
+            if whole and all((temporary / name).exists() for name in files):
+                write_run(temporary, {**run, **identity, "copied_from": run["round"]})
+                temporary.rename(folder)
+                say(f"{folder}: the same run as {path}, copied from there")
+                return True
+        except (ValueError, OSError):
+            continue    # damaged, or just being deleted: its own round will complain
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return False
+
+
+# ---- runs, read back ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished seeds of one round, arms side by side."""
+
+    seeds: list[int]
+    steps: list[list[int]]     # a seed: the last evaluations of its two arms
+    scores: np.ndarray         # these evaluations, (S, 2, n, M), the examples in the order of their ids
+    controls: dict[str, list[float]]    # control: accuracy of prompt_fs under it, by seed
+    run: dict                  # run.json of one arm
+    notes: list[str]           # seeds left out, and differences that a report may have but must tell
+    damaged: list[str]         # seeds left out since they cannot be read
+
+
+def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list[float]]]:
+    """records.jsonl as {step: {id: values of METRICS}}; controls.jsonl likewise, by "control".
+
+    Raises ValueError naming the file and the line, FileNotFoundError where there is none.
+    """
+    number, evaluations = 0, {}
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            record = json.loads(line)
+            correct, tokens, loss = record["correct"], record["tokens"], record["loss"]
+            values = [correct / tokens, float(loss), float(record["exact"]), float(record["f1"])]
+            evaluation = evaluations.setdefault(record[by], {})
+            if not (0 <= correct <= tokens and 0 <= values[1] < math.inf and values[2] in (0, 1)
+                    and 0 <= values[3] <= 1 and type(record["id"]) is str and record["id"] not in evaluation):
+                raise ValueError("a value that cannot be, or an example twice")
+            evaluation[record["id"]] = values
+        if len({frozenset(evaluation) for evaluation in evaluations.values()}) != 1:
+            raise ValueError("an evaluation lacks examples")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: no evaluation record ({error!r:.80}); {AGAIN}") from error
+    return evaluations
+
+
+def same_of(run: dict, across_seeds: bool) -> dict:
+    """What must not differ between runs. On the stand-in a seed has its own base and training questions."""
+    same = {key: run.get(key) for key in ("standin", "settings", "minutes", "base", "data")}
+    if across_seeds and run["standin"]:
+        same |= {"base": None, "data": run["data"].get("validation")}
+    return same
+
+
+def read_seed(folder: Path) -> tuple[list[dict], list[dict], dict]:
+    """Both arms of a seed: their run.json, their last evaluations, the controls of prompt_fs.
+
+    Raises FileNotFoundError where an arm is not finished, ValueError where it is damaged or unlike the other.
+    """
+    runs = [read_run(folder / arm) for arm in ARMS]
+    for run in runs:
+        if run["status"] != "done":
+            raise FileNotFoundError(f"{run['arm']} stands at step {run['steps']}")
+    last = [read_records(folder / arm / "records.jsonl").get(run["steps"]) for arm, run in zip(ARMS, runs)]
+    unlike = in_words(same_of(runs[0], False), same_of(runs[1], False))
+    if None in last or last[0].keys() != last[1].keys():
+        unlike = "they were not scored on the same examples at their ends"
+    if unlike:
+        raise ValueError(f"{folder}: its arms cannot be compared: {unlike}; {AGAIN}")
+    return runs, last, read_records(folder / ARMS[1] / "controls.jsonl", by="control")
+
+
+def seeds_on_disk(folder: Path) -> list[int]:
+    """The seeds of a round's folder. seed05 is none: it would be the same as seed5."""
+    found = [path.name for path in folder.glob("seed*") if path.is_dir()]
+    return sorted(int(name[4:]) for name in found if re.fullmatch("seed(0|[1-9][0-9]{0,17})", name))
+
+
+def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
+    """The finished seeds (default: of all there are) in a round's folder, checked to be comparable.
+
+    Raises FileNotFoundError where no seed is finished, ValueError where two differ in more than the seed.
+    """
+    found, notes, damaged = {}, [], []
+    for seed in seeds_on_disk(folder) if seeds is None else seeds:
+        try:
+            found[seed] = read_seed(folder / f"seed{seed}")
+        except FileNotFoundError as error:
+            notes.append(f"left out, not finished: seed {seed} ({error})")
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    if not found:
+        reason = "; ".join(damaged + notes) or "no runs"
+        raise FileNotFoundError(f"{folder}: no finished seed ({reason}); run python train.py --round {folder.name}")
+    first, last, controls = next(iter(found.values()))
+    ids = sorted(last[0])
+    for seed, (runs, last, _) in found.items():
+        unlike = in_words(same_of(first[0], True), same_of(runs[0], True))
+        if unlike or sorted(last[0]) != ids:
+            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared: "
+                             f"{unlike or 'they were scored on different examples'}; run both alike, or keep them "
+                             "apart with --runs DIR")
+    for key in ("code", "machine"):
+        values = [entry.get(key) for runs, _, _ in found.values() for run in runs for entry in run["history"]]
+        other = next((value for value in values if value != values[0]), None)
+        if other is not None:
+            notes.append(f"not all on the same {key}: {in_words({key: values[0]}, {key: other})}")
+    return Runs(
+        seeds=list(found),
+        steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],
+        scores=np.array([[[scores[id] for id in ids] for scores in last] for _, last, _ in found.values()]),
+        controls={control: [float(np.mean([scores[0] for scores in seed[2].get(control, {"": [math.nan]}).values()]))
+                            for seed in found.values()] for control in controls},
+        run=first[0], notes=notes, damaged=damaged,
+    )

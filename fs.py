@@ -27,6 +27,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import Config, RWKV7
 
@@ -126,11 +127,46 @@ def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float
     return low + (high - low) * progress
 
 
-def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None,
-            fs: FutureSeed | None = None):
+def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None, fs=None):
     """Read prompts, with Future-Seed if `fs` is given, to the states from which answers are decoded.
 
     Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
     Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
     """
     return model(tokens, lengths=lengths, seed=fs)
+
+
+def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
+    """A stand-in for `fs` that gives every layer the seed state of these other prompts: what if it were wrong?"""
+    kept = {}
+
+    def keep(layer, below, x_last):
+        kept[layer] = fs(layer, below, x_last)
+        return kept[layer]
+
+    model(tokens, lengths=lengths, seed=keep)
+    return lambda layer, below, x_last: kept[layer]
+
+
+def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer, answer_lengths):
+    """Read prompts with Future-Seed, then their answers without, as decoding would.
+
+    Args: prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as data.collate gives them.
+    Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answer positions
+    get logits: (B, T, V) would be a gigabyte at T = 4096.
+    """
+    given = (answer[:, :-1], answer_lengths - 1) if answer.shape[1] > 1 else None
+    hidden, state = model(prompt, lengths=prompt_lengths, seed=fs, answer=given)
+    rows = torch.arange(len(prompt), device=prompt.device)
+    before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
+    before_answer = torch.cat([before_first, hidden[:, prompt.shape[1]:]], dim=1)    # (B, A, C)
+    return model.head(before_answer), state
+
+
+def answer_loss(logits, answer, answer_lengths):
+    """Each example's loss as in the log, (B,) fp32, nats: the first answer token's plus the mean of the others'."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none").view(answer.shape)
+    positions = torch.arange(answer.shape[1], device=answer.device)
+    rest = (positions > 0) & (positions < answer_lengths.unsqueeze(1))
+    rest_loss = loss.masked_fill(~rest, 0).sum(dim=1) / (answer_lengths - 1).clamp_min(1)
+    return loss[:, 0] + rest_loss

@@ -26,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files import load_weights, save_tensors
+from files import save_tensors
+import hashlib, io
 from wkv import wkv
 
 LAYER_NORM_EPS = 1e-5
@@ -245,12 +246,49 @@ class Block(nn.Module):
         return x + mixed, v_first, LayerState(time_shift, wkv_state, channel_shift)
 
 
+def read_tensors(path):
+    """A file's state dict of dense float tensors, on the CPU. Nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError that names file and fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
+    try:
+        data = path.read_bytes()
+        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:    # torch raises half a dozen types here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint, is it whole? ({reason[:160]})") from error
+
+    def is_plain(name, value) -> bool:
+        is_tensor = isinstance(name, str) and isinstance(value, torch.Tensor)
+        return (is_tensor and value.is_floating_point() and value.layout == torch.strided
+                and not value.is_meta)
+
+    if not isinstance(weights, dict) or not all(is_plain(*item) for item in weights.items()):
+        raise ValueError(f"{path}: not a state dict of dense float tensors, so not an RWKV-7 checkpoint")
+    return weights, hashlib.sha256(data).hexdigest()
+
+
+def pick(logits, temperature: float, top_p: float, random: torch.Generator | None) -> torch.Tensor:
+    """Each row's next token, (B, V) -> (B,): the likeliest at temperature 0, else drawn from the nucleus."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # the nucleus: the likeliest tokens up to and including the one at which their sum reaches top_p
+    outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=random)    # (B, 1)
+    return tokens.gather(1, drawn).squeeze(1)
+
+
 class RWKV7(nn.Module):
     """The language model: `hidden, state = model(tokens)`, `model.head(hidden)` where logits are needed."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.sha256 = None
         # True: recompute each block in the backward, for a fraction of the memory
         self.checkpoint_activations = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
@@ -318,7 +356,7 @@ class RWKV7(nn.Module):
 
         Nothing in the file is executed. Raises FileNotFoundError, or ValueError that names file and fault.
         """
-        weights = load_weights(path)
+        weights, sha256 = read_tensors(path)
         try:
             config = Config.from_weights(weights)
             with torch.device("meta"):    # shapes only: the file's tensors become the parameters
@@ -339,6 +377,7 @@ class RWKV7(nn.Module):
         # copies: tensors that share memory in the file, as a tied head may, become parameters of their own
         weights = {name: weights.pop(name).to(torch.float32, copy=True).contiguous() for name in expected}
         model.load_state_dict(weights, assign=True)
+        model.sha256 = sha256
         return model
 
     def save(self, path: str | Path) -> None:
@@ -388,3 +427,26 @@ class RWKV7(nn.Module):
             nn.init.zeros_(ffn.value.weight)
             att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
         return model
+
+    generate = lambda self, *a, **k: _generate(self, *a, **k)
+
+
+@torch.no_grad()
+def _generate(model, logits, state, max_new: int, *, temperature=0.0, top_p=1.0, stop=(), random=None):
+    """Continue every row of a batch from the state in which its prompt ended.
+
+    Args: logits (B, V) of the first new token; state, from fs.prefill; max_new, tokens to write; temperature,
+        0 for greedy; top_p, in (0, 1], the share of the probability to draw from; stop, token ids: once every
+        row has written one, decoding ends; random, a torch.Generator on the model's device.
+    Returns: (B, at most max_new) int64.
+    """
+    new = [pick(logits, temperature, top_p, random)]
+    stopped = torch.zeros_like(new[0], dtype=torch.bool)
+    while len(new) < max_new:
+        for token in stop:
+            stopped |= new[-1] == token
+        if stop and stopped.all():
+            break
+        hidden, state = model(new[-1].unsqueeze(1), state=state)
+        new.append(pick(model.head(hidden[:, -1]), temperature, top_p, random))
+    return torch.stack(new, dim=1)

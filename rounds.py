@@ -1,8 +1,8 @@
-"""What a round is: one recipe, run with and without Future-Seed, as written in rounds.toml.
+"""What a round is: one recipe, run without and with Future-Seed, as written in rounds.toml.
 
-A round is a flat set of typed settings; `--set key=value` on the command line changes any of them. The
-settings under [standin] are laid over a round that runs on the built-in stand-in. Reference: the experiment
-log, whose rounds R2 to R10 these are; what it measured for a round stands in `Round.log`.
+A round is a flat set of typed settings, and `--set key=value` changes any of them. Its Future-Seed settings
+have the names of the experiment log, whose rounds R2 to R14 these are: a line of the log can be pasted after
+`--set`. What the log measured for a round stands in `Round.log`.
 """
 
 import dataclasses
@@ -11,234 +11,184 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-ROUNDS_FILE = Path(__file__).resolve().parent / "rounds.toml"
-NOT_ROUNDS = ("defaults", "standin")    # tables of rounds.toml that other rounds are made with
-
+ROUNDS_FILE = Path(__file__).resolve().with_name("rounds.toml")
+ORDERS = ("context_first", "question_first", "both_ends", "twice")    # see data.arrange
 CHOICES = {
     "task": ("arc", "hotpotqa"),
-    "order": ("context_first", "question_first"),
-    "fs_schedule": ("none", "linear", "cosine"),
-    "fs_gate": ("scalar", "head", "input"),
+    "order": ORDERS,
+    "fs_alpha_schedule": ("none", "linear", "cosine"),
+    "fs_gate": ("scalar", "head", "heads", "input"),
 }
-AT_LEAST = {
-    "max_prompt": 1, "min_prompt": 0, "max_answer": 1, "n_train": 1, "n_val": 1, "batch_size": 1,
-    "micro_batch_size": 0, "steps": 0, "eval_every": 1, "lr": 0, "weight_decay": 0,
-    "fs_alpha_lr": 0, "fs_gate_lr": 0, "fs_layer_start": 0, "fs_clip": 0,
-    "beta2": 0, "grad_clip": 0, "warm_up": 0, "facts": 0, "facts_first": 2, "facts_hold": 0,
-    "facts_ramp": 0, "rehearsal": 0,
-}
-AT_MOST = {"beta2": 0.99999, "facts": 24, "rehearsal": 1}
+AT_LEAST_ONE = ("max_prompt", "max_answer", "n_train", "batch_size", "eval_every")
 
 
 @dataclass(frozen=True)
 class Log:
-    """What the experiment log reported for a round; d_acc are the seeds' differences,
-    prompt_fs minus no_fs.
-    """
+    """What the experiment log reported for a round; d_acc is prompt_fs minus no_fs, a number a seed."""
 
     script: str
-    summary: str
+    summary: str               # file name of its summary, which a round here keeps
     d_acc: tuple[float, ...]
     mean: float
-    std: float      # population standard deviation, as the log's
+    std: float                 # of the population, as everywhere in the log
     d_loss: float
-    status: str
+    status: str                # the log's verdict, in its words
 
 
 @dataclass(frozen=True)
 class Round:
-    """One recipe. Lengths in tokens; the fs_ settings are those of fs.FutureSeed."""
+    """One recipe. Lengths are in tokens. A setting without a comment is what its name says."""
 
     name: str
     title: str
-    base: str                  # file name of the official checkpoint to post-train
-    seeds: tuple[int, ...]     # the log's seeds; a run's seed draws its batches
     task: str                  # "arc" or "hotpotqa"
-    order: str                 # "context_first" (options first, question after) or "question_first"
-    max_prompt: int            # longer prompts keep their last tokens
-    min_prompt: int            # shorter prompts are skipped
-    max_answer: int            # longer answers keep their first tokens
-    n_train: int
-    n_val: int
-    data_seed: int
-    validation_seed: int
-    batch_size: int
-    # rows at once in one process, the gradient summed over pieces; 0 for the whole batch
-    micro_batch_size: int
-    # recompute blocks in the backward: a fraction of the memory for more time
-    checkpoint_activations: bool
-    steps: int
-    eval_every: int            # steps between evaluations, each on the whole validation set
-    lr: float
-    weight_decay: float
-    beta2: float               # of AdamW
-    grad_clip: float           # bound on the gradient's norm; 0 for none
-    warm_up: int               # steps over which lr rises from 0
-    # of the stand-in: facts to choose from in a question, 0 on real records; training starts with facts_first
-    # of them, for facts_hold steps, and has them all facts_ramp steps later; rehearsal is the share of
-    # batches that put the question first, as pretraining did
-    facts: int
-    facts_first: int
-    facts_hold: int
-    facts_ramp: int
-    rehearsal: float
-    fs_alpha: float
-    fs_alpha_lr: float         # 0 keeps alpha as it starts
-    fs_layer_start: int
-    fs_norm: bool
-    fs_detach: bool
-    fs_clip: float
-    fs_scale: float
-    fs_schedule: str
-    fs_schedule_min: float
-    fs_schedule_max: float
-    fs_gate: str
-    fs_gate_lr: float
+    order: str                 # of question and context (ARC: options) in the prompt, one of ORDERS
+    seeds: tuple[int, ...] = (0, 1, 2)    # the log's; a run's seed draws its batches
+    primary: bool = False      # the one comparison of the study that was registered as its question
+    base: str = "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
+
+    # questions
+    max_prompt: int = 512      # longer prompts keep their last tokens
+    min_prompt: int = 0        # shorter prompts are left out
+    max_answer: int = 8        # longer answers keep their first tokens
+    n_train: int = 1000
+    n_val: int = 200           # all of them are scored at every evaluation
+    data_seed: int = 0         # draws the training questions
+    validation_seed: int = 1234
+
+    # training
+    batch_size: int = 8
+    micro_batch_size: int = 0  # rows at once, the gradient summed over pieces; 0 for the whole batch
+    checkpoint_activations: bool = False    # recompute blocks in the backward: less memory, more time
+    steps: int = 1000
+    eval_every: int = 250
+    lr: float = 3e-5
+    weight_decay: float = 0.01    # on the matrices
+    beta2: float = 0.999       # of AdamW
+    grad_clip: float = 0.0     # bound on the gradient's norm; 0 for none
+    warm_up: int = 0           # steps over which lr rises from 0
+
+    # Future-Seed, under the log's own names; fs.FutureSeed says what they do
+    alpha_init: float = -2.0
+    alpha_lr: float = 0.0      # 0: alpha stays as it starts
+    fs_layer_start: int = 6
+    fs_norm: bool = True
+    fs_detach: bool = True
+    fs_clip: float = 1.0
+    fs_scale: float = 1.0
+    fs_alpha_schedule: str = "none"
+    fs_alpha_min: float = 1.0
+    fs_alpha_max: float = 1.0
+    fs_gate: str = "scalar"
+    fs_gate_lr: float = 1e-3   # of the input gate's weights
+
+    # the stand-in: its questions hold `facts` facts, 0 for real records. Training starts with facts_first of
+    # them for facts_hold steps and has them all facts_ramp steps later; a share `rehearsal` of its batches
+    # puts the question first, or the base forgets how to answer what it could; channels, of its base
+    facts: int = 0
+    facts_first: int = 2
+    facts_hold: int = 20
+    facts_ramp: int = 180
+    rehearsal: float = 0.25
+    channels: int = 48
+
     log: Log | None = None
+
+    def __post_init__(self):
+        for key, kind in SETTINGS.items():
+            least = 2 if key == "n_val" else int(key in AT_LEAST_ONE)    # a difference needs two questions
+            if kind is int and getattr(self, key) < least:
+                raise ValueError(f"{self.name}: {key} = {getattr(self, key)}: must be {least} or more")
 
     def settings(self) -> dict:
         """All that decides a run but its seed, as plain JSON values."""
-        values = dataclasses.asdict(self)
-        for key in ("log", "seeds", "title"):
+        values = {key: getattr(self, key) for key in SETTINGS}
+        for key in ("title", "seeds", "primary"):
             del values[key]
         return values
 
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
-        names = ("alpha", "layer_start", "norm", "detach", "clip", "scale", "schedule", "schedule_min",
-                 "schedule_max", "gate")
-        return {name: getattr(self, f"fs_{name}") for name in names} | {"train_alpha": self.fs_alpha_lr > 0}
+        return {
+            "alpha": self.alpha_init, "train_alpha": self.alpha_lr > 0, "layer_start": self.fs_layer_start,
+            "norm": self.fs_norm, "detach": self.fs_detach, "clip": self.fs_clip, "scale": self.fs_scale,
+            "schedule": self.fs_alpha_schedule, "schedule_min": self.fs_alpha_min,
+            "schedule_max": self.fs_alpha_max, "gate": self.fs_gate,
+        }
 
 
-def without_fs(settings: dict) -> dict:
-    """What a round's settings are to an arm without Future-Seed, whatever the round is called."""
-    return {key: value for key, value in settings.items() if key != "name" and not key.startswith("fs_")}
+# name -> type, of all that rounds.toml and --set may hold
+SETTINGS = {field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")}
 
 
-SETTINGS = {
-    field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")
-}
-
-
-def checked(key: str, value, kind: type, where: str):
-    """`value` as the type of the setting `key`;
-    ValueError with one line that says what is wrong and where.
-    """
-    if kind in (tuple[int, ...], tuple[float, ...]):
-        item = kind.__args__[0]
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"{where}: {key} must be a list of numbers, not {value!r}")
-        return tuple(checked(key, number, item, where) for number in value)
-    # the integers that a float holds exactly
-    if kind is float and type(value) is int and abs(value) < 2**53:
+def checked(key: str, value, kinds: dict[str, type], where: str):
+    """`value` as the type that `key` has in `kinds`; ValueError in one line where it is none, or no setting."""
+    if key not in kinds:
+        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(kinds)}")
+    kind = kinds[key]
+    if kind is float and type(value) is int:
         value = float(value)
+    if kind in (tuple[int, ...], tuple[float, ...]) and type(value) is list:
+        return tuple(checked(key, item, {key: kind.__args__[0]}, where) for item in value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
-    if kind is float and not abs(value) < 1e38:
-        raise ValueError(f"{where}: {key} must be a finite number that fp32 can hold, not {value!r}")
+        raise ValueError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-    if key in AT_LEAST and value < AT_LEAST[key]:
-        raise ValueError(f"{where}: {key} must be {AT_LEAST[key]} or more, not {value}")
-    if key in AT_MOST and value > AT_MOST[key]:
-        raise ValueError(f"{where}: {key} must be {AT_MOST[key]} or less, not {value}")
+    if kind is float and not abs(value) < 1e38:
+        raise ValueError(f"{where}: {key} must be a number that fp32 can hold, not {value!r}")
     return value
 
 
-def setting(key: str, value, where: str):
-    """`checked`, for a key that may be wrong too."""
-    if key not in SETTINGS:
-        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
-    return checked(key, value, SETTINGS[key], where)
+def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[str, Round]]:
+    """Every round of a rounds file by name, as it runs on real records and as it runs on the stand-in.
 
-
-def resolve(name: str, tables: dict, where: str, below: tuple[str, ...] = ()) -> dict:
-    """The settings of a round with all that it inherits, nearest first."""
-    if not isinstance(name, str):
-        raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not the name of a round")
-    if name in below:
-        raise ValueError(f"{where}: {' inherits from '.join((*below, name))}, a circle")
-    if name not in tables or name in NOT_ROUNDS or "parts" in tables[name]:
-        raise ValueError(f"{where}: [{below[-1]}] inherits from {name!r}, which is not a round")
-    own = {key: value for key, value in tables[name].items() if key not in ("inherits", "log")}
-    parent = tables[name].get("inherits")
-    inherited = (tables.get("defaults", {}) if parent is None
-                 else resolve(parent, tables, where, (*below, name)))
-    return {**inherited, **own}
-
-
-def read_rounds(path: str | Path) -> dict:
-    """The raw tables of a rounds file. Raises OSError, or ValueError naming the file."""
+    A round that `inherits` starts from the settings of a round above it; its log is its own. On the stand-in
+    the settings of [standin] and of [standin.TASK] are laid over it.
+    Raises OSError, or ValueError in one line: no TOML, an unknown key, a wrong type.
+    """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"{path}: {name} = {table!r} stands outside of a round; put it under [defaults]")
-    return tables
-
-
-def miniature(round: Round, path: str | Path = ROUNDS_FILE) -> Round:
-    """The round as it runs on the stand-in: its task, order and Future-Seed, [standin]'s everything else.
-
-    Raises ValueError, one line, for an unknown key or a wrong type.
-    """
-    table = read_rounds(path).get("standin", {})
-    values = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    values |= table.get(round.task, {})
-    where = f"{path}, [standin]"
-    return dataclasses.replace(round, **{key: setting(key, value, where) for key, value in values.items()})
-
-
-def load_rounds(path: str | Path = ROUNDS_FILE) -> dict[str, Round]:
-    """Every round of a rounds file by name.
-    Raises ValueError, one line, for an unknown key or a wrong type.
-    """
-    tables = read_rounds(path)
-    rounds = {}
+    standin = tables.pop("standin", {})
+    rounds, miniatures, settings = {}, {}, {}
     for name, table in tables.items():
         where = f"{path}, [{name}]"
-        if "parts" in table:
-            check_parts(table, tables, where)
-        if name in NOT_ROUNDS or "parts" in table:
-            continue
-        values = {key: setting(key, value, where) for key, value in resolve(name, tables, where).items()}
-        missing = [key for key in SETTINGS if key not in values]
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} not set")
-        rounds[name] = Round(name=name, log=read_log(table, where), **values)
-    return rounds
+        if not isinstance(table, dict):
+            raise ValueError(f"{where}: {table!r} is not a round")
+        parent = table.pop("inherits", None)
+        if parent is not None and parent not in settings:
+            raise ValueError(f"{where}: inherits = {parent!r}: no round above has this name")
+        log = table.pop("log", None)
+        own = {key: checked(key, value, SETTINGS, where) for key, value in table.items()}
+        settings[name] = {**settings.get(parent, {}), "primary": False, **own}
+        try:
+            rounds[name] = Round(name=name, log=log and read_log(log, where), **settings[name])
+        except TypeError as error:    # a setting without a default is missing
+            raise ValueError(f"{where}: {error}") from error
+        overlay = {**standin, **standin.get(rounds[name].task, {})}
+        small = {key: checked(key, value, SETTINGS, f"{path}, [standin]")
+                 for key, value in overlay.items() if not isinstance(value, dict)}
+        miniatures[name] = dataclasses.replace(rounds[name], **small)
+    return rounds, miniatures
 
 
-def check_parts(table: dict, tables: dict, where: str) -> None:
-    """A round of parts holds nothing else, and its parts are rounds."""
-    parts = table["parts"]
-    names = [name for name in tables if name not in NOT_ROUNDS and "parts" not in tables[name]]
-    if len(table) > 1 or not isinstance(parts, list) or not parts or any(part not in names for part in parts):
-        raise ValueError(f"{where}: parts must be a list of rounds of this file and stand alone, not {table}")
+def read_log(table: dict, where: str) -> Log:
+    kinds = {field.name: field.type for field in dataclasses.fields(Log)}
+    if set(table) != set(kinds):
+        raise ValueError(f"{where}: log must hold {', '.join(kinds)}, no more and no less")
+    return Log(**{key: checked(key, value, kinds, where) for key, value in table.items()})
 
 
-def read_log(table: dict, where: str) -> Log | None:
-    if "log" not in table:
-        return None
-    fields = {field.name: field.type for field in dataclasses.fields(Log)}
-    if not isinstance(table["log"], dict) or set(table["log"]) != set(fields):
-        raise ValueError(f"{where}: log must hold {', '.join(fields)}, no more and no less")
-    return Log(**{key: checked(key, value, fields[key], where) for key, value in table["log"].items()})
-
-
-def expand(names: list[str], path: str | Path = ROUNDS_FILE) -> list[str]:
-    """Round names with those that stand for several (R9) replaced by their parts;
-    ValueError for an unknown one.
-    """
-    tables = read_rounds(path)
-    rounds = [name for name in tables if name not in NOT_ROUNDS]
+def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
+    """Names as they are in rounds.toml, from names as people write them: r8 is R8, and R9 is R9a and R9b."""
     expanded = []
-    for name in names:
-        if name not in rounds:
-            raise ValueError(f"no round is called {name!r}; the rounds are {', '.join(rounds)}")
-        expanded += tables[name].get("parts", [name])
+    for wanted in names:
+        found = [name for name in rounds if re.fullmatch(f"{re.escape(wanted)}[a-z]?", name, re.IGNORECASE)]
+        exact = [name for name in found if name.lower() == wanted.lower()]
+        if not found:
+            raise ValueError(f"no round is called {wanted!r}; the rounds are {', '.join(rounds)}")
+        expanded += exact or found
     return list(dict.fromkeys(expanded))
 
 
@@ -248,25 +198,22 @@ def seeds_of(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
+        if not first <= last < first + 10_000:
             raise ValueError(f"--seeds {text}: write seeds as 0-9 or 0,3,5")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 
-def with_settings(round: Round, pairs: list[str]) -> Round:
-    """The round with `key=value` pairs from the command line applied.
-    Values are TOML, or plain words for strings.
-    """
+def with_settings(recipe: Round, pairs: list[str]) -> Round:
+    """The round with `key=value` pairs of the command line. Values are TOML, or plain words for strings."""
     changes = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair}: write key=value")
         try:
-            parsed = tomllib.loads(f"value = {text}")
+            value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
-            parsed = {}
-        value = parsed["value"] if list(parsed) == ["value"] else text
-        changes[key] = setting(key, value, f"--set {pair}")
-    return dataclasses.replace(round, **changes)
+            value = text
+        changes[key] = checked(key, value, SETTINGS, f"--set {pair}")
+    return dataclasses.replace(recipe, **changes)

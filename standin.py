@@ -1,37 +1,32 @@
 """The built-in stand-in: a task and a base so small that every round runs anywhere, in minutes.
 
-Where a round's own base or data cannot be had, it runs on questions that this file makes up, from a base
-that it trains on first use, in a minute or two: `python train.py --round standin --seed 1`.
-That base is what the published one is to the log, a model that answers well while the question comes first:
-it was pretrained so, without Future-Seed. Post-training then puts the question last. [standin] in rounds.toml
-has the lengths and steps; a round keeps its task, its order and its Future-Seed.
+The questions are made up here, in the official records' formats. The base is trained here on first use, in a
+minute or so. It is what the published one is to the log, a model that answers well while the question comes
+first: it was pretrained so, without Future-Seed. Post-training then puts the question last. [standin] in
+rounds.toml has the lengths and steps; a round keeps its task, its order and its Future-Seed.
 
 The base is an official checkpoint but for its vocabulary: only the tokens that the stand-in's questions need,
 162 of 65536, in their order, from 1 on.
-
-Shapes: B batch rows, T prompt tokens, A answer tokens.
 """
 
 import functools
 import hashlib
 import random
-import time
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from arm import Arm, Stopped, catch_signals, duration, make_optimizer, say, stop_requested, update
-from data import Example, collate, make_example, read_arc, read_hotpotqa
-from files import save_tensors
+from data import Example, arrange, collate, make_example, read_arc, read_hotpotqa
+from files import Progress, say
+from fs import answer_logits, answer_loss, prefill
 from model import RWKV7, Config
-from rounds import Round, load_rounds, miniature
-from score import score, summarise
+from rounds import Round
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-LAYERS, CHANNELS, HEAD_SIZE, FFN, RANK = 12, 48, 16, 96, 8
-QUESTION_FIRST = {"arc": "R3", "hotpotqa": "R7"}    # rounds whose order is that of pretraining
+MAX_PROMPT, MAX_ANSWER = 256, 4    # tokens: more than any question here has
+LAYERS, HEAD_SIZE, RANK = 12, 16, 8
+BATCH, LR, WARM_UP = 32, 4e-3, 10
 EASY = 0.35          # nats: once the running loss is below it, the questions get one fact more
 KNOWN = 0.06         # nats: and with all facts in them, the base is put to the test
 PASSED = 0.99        # the accuracy that the test asks for
@@ -64,12 +59,12 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     most = len(NAMES) if task == "hotpotqa" else len(LABELS)
     if split not in ("train", "validation") or not 2 <= n_facts <= most:
         raise ValueError(f"the stand-in has train and validation, 2 to {most} facts: not {split}, {n_facts}")
-    generator = random.Random(f"{task} {split} {seed}")
+    rng = random.Random(f"{task} {split} {seed}")
     records: list[dict] = []
     while len(records) < n:
-        names = generator.sample(NAMES, n_facts)
-        asked = generator.randrange(n_facts)
-        values = generator.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
+        names = rng.sample(NAMES, n_facts)
+        asked = rng.randrange(n_facts)
+        values = rng.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
         facts = [f"{name} {value}" for name, value in zip(names, values)]
         identity = " ".join(sorted(facts) + [names[asked]]).encode()
         if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
@@ -91,10 +86,11 @@ class SmallTokenizer(Tokenizer):
 
     def __init__(self):
         super().__init__()
-        texts = [read(standin_records(task, "train", 1, 0, 2)[0], order)[0] for task, read, order in (
-            ("arc", read_arc, "context_first"), ("arc", read_arc, "question_first"),
-            ("hotpotqa", read_hotpotqa, "context_first"), ("hotpotqa", read_hotpotqa, "question_first"))]
-        texts += [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
+        texts = [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
+        for task, read, end in (("arc", read_arc, "\n\nAnswer: "), ("hotpotqa", read_hotpotqa, "\n\nAnswer:")):
+            context, question = read(standin_records(task, "train", 1, 0, 2)[0])[:2]
+            texts += ["\n\n".join(arrange(order, context, question)) + end
+                      for order in ("context_first", "question_first")]
         used = set()
         for text in texts:
             used.update(super().encode(text))
@@ -114,127 +110,111 @@ class SmallTokenizer(Tokenizer):
 small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
 
 
-def make_examples(round: Round, split: str, n: int, seed, n_facts: int, order: str,
-                  tokenizer: SmallTokenizer) -> list[Example]:
-    records = standin_records(round.task, split, n, seed, n_facts)
-    rules = dict(order=order, max_prompt=round.max_prompt, max_answer=round.max_answer)
-    return [make_example(round.task, record, tokenizer, **rules) for record in records]
+def make_examples(task: str, split: str, n: int, seed, n_facts: int, order: str) -> list[Example]:
+    records = standin_records(task, split, n, seed, n_facts)
+    rules = dict(order=order, max_prompt=MAX_PROMPT, max_answer=MAX_ANSWER)
+    return [make_example(task, record, small_tokenizer(), **rules) for record in records]
 
 
-def facts_at(round: Round, step: int) -> int:
+def facts_at(recipe: Round, step: int) -> int:
     """How many facts a question of this step has: few at first, or nothing is learned at all."""
-    ramp = min(1.0, max(0, step - round.facts_hold) / max(1, round.facts_ramp))
-    return round.facts_first + int((round.facts - round.facts_first) * ramp)
+    ramp = min(1.0, max(0, step - recipe.facts_hold) / max(1, recipe.facts_ramp))
+    return recipe.facts_first + int((recipe.facts - recipe.facts_first) * ramp)
 
 
-def training_examples(round: Round, seed: int, tokenizer: SmallTokenizer) -> list[Example]:
+def training_examples(recipe: Round, seed: int) -> list[Example]:
     """A run's batches one after the other: fresh questions at every step, the same in both arms."""
     examples = []
-    for step in range(round.steps):
-        rehearse = random.Random(f"{seed} {step}").random() < round.rehearsal
-        order = "question_first" if rehearse else round.order
-        examples += make_examples(round, "train", round.batch_size, f"{seed} {step}", facts_at(round, step),
-                                  order, tokenizer)
+    for step in range(recipe.steps):
+        rehearse = random.Random(f"{seed} {step}").random() < recipe.rehearsal
+        examples += make_examples(recipe.task, "train", recipe.batch_size, f"{seed} {step}",
+                                  facts_at(recipe, step), "question_first" if rehearse else recipe.order)
     return examples
 
 
-def validation_examples(round: Round, tokenizer: SmallTokenizer) -> list[Example]:
+def validation_examples(recipe: Round) -> list[Example]:
     """The same for every seed, all with the most facts."""
-    return make_examples(round, "validation", round.n_val, round.validation_seed, round.facts, round.order,
-                         tokenizer)
+    return make_examples(recipe.task, "validation", recipe.n_val, recipe.validation_seed, recipe.facts,
+                         recipe.order)
 
 
 # ---- the base ----------------------------------------------------------------------------------------------
 
-@dataclass
-class Pace:
-    """Where pretraining is. The base sets its own pace: see EASY."""
-
-    attempt: int = 0
-    step: int = 0
-    facts: int = 2
-    loss: float = 2.0    # running mean of the steps' losses, nats
+def base_path(recipe: Round, seed: int, assets: Path) -> Path:
+    """Where the base of a seed is kept. Nothing else decides it, so all rounds of a task share it."""
+    return assets / "standin" / f"{recipe.task}-{recipe.facts}facts-{recipe.channels}wide-seed{seed}.pth"
 
 
-def fresh_arm(seed: int, attempt: int, tokenizer: SmallTokenizer) -> Arm:
-    vocab_size = 1 + len(tokenizer.number)
-    config = Config(LAYERS, CHANNELS, HEAD_SIZE, vocab_size, FFN, RANK, RANK, RANK, RANK)
-    seed = ATTEMPTS * seed + attempt
-    model = RWKV7.init(config, seed)
+def base_work(recipe: Round) -> float:
+    """What making a base usually takes, counted as in train.work_of."""
+    return 3 * BATCH * MAX_PROMPT * USUAL_STEPS[recipe.task]
+
+
+def fresh_model(channels: int, seed: int) -> RWKV7:
+    vocab_size = 1 + len(small_tokenizer().number)
+    model = RWKV7.init(Config(LAYERS, channels, HEAD_SIZE, vocab_size, 2 * channels, *[RANK] * 4), seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
     nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
-    return Arm(model, None)
+    return model
 
 
-def passes(model: RWKV7, validation: list[Example], round: Round, name: str, step: int,
-           tokenizer: SmallTokenizer) -> bool:
-    records = score(model, validation, batch_size=256, device=model.head.weight.device, task=round.task,
-                    step=step, tokenizer=tokenizer)
-    accuracy = summarise(records)["accuracy"]
-    say(f"{name}: step {step}, accuracy {accuracy:.4f} on {len(records)} validation questions")
-    return accuracy >= PASSED
+@torch.no_grad()
+def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) -> float:
+    """The share of questions answered right: here an answer is one token."""
+    right = 0
+    for i in range(0, len(examples), rows):
+        prompt, lengths, answer, _ = collate(examples[i:i + rows], device)
+        hidden, _ = prefill(model, prompt, lengths)
+        last = hidden[torch.arange(len(prompt), device=device), lengths - 1]    # (B, C)
+        right += (model.head(last).argmax(dim=-1) == answer[:, 0]).sum().item()
+    return right / len(examples)
 
 
-def pretrain(task: str, seed: int, path: Path, tokenizer: SmallTokenizer, device: torch.device) -> None:
-    """Train the base of a task and seed and write it to `path`, going on where an earlier call was stopped.
+def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progress: Progress) -> bool:
+    """Train until questions with all facts are answered, and return whether that came about.
 
-    The loss stays at that of guessing among the facts for a while, then falls within a few steps; an attempt
-    in which it does not is given up for another one. Raises Stopped, or ValueError if all attempts fail.
+    The questions set the pace: one fact more whenever the running loss says that they have become easy. It
+    stays at that of guessing among the facts for a while, then falls within a few steps, or not at all.
     """
-    name = f"stand-in base for {task}, seed {seed}"
-    round = miniature(load_rounds()[QUESTION_FIRST[task]])
-    unfinished = path.with_suffix(".unfinished")
-    validation = validation_examples(replace(round, n_val=QUESTIONS), tokenizer)
-    pace = Pace()
-    arm = fresh_arm(seed, 0, tokenizer).to(device)
-    optimizer = make_optimizer(arm, round)
-    if unfinished.exists():
-        try:
-            saved = torch.load(unfinished, map_location="cpu", weights_only=True)
-            pace = Pace(**saved["pace"])
-            arm.load_state_dict(saved["arm"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except Exception as error:    # a damaged file raises half a dozen types
-            reason = str(error).splitlines()[0][:120]
-            raise ValueError(f"{unfinished}: damaged ({reason}); delete it") from error
-    say(f"{name}: going on from step {pace.step}" if pace.step else f"{name}: made once, in a minute or two")
-    catch_signals()
-    started = shown = time.monotonic()
-    first = pace.step
-    while True:
-        if stop_requested:
-            save_tensors({"pace": asdict(pace), "arm": arm.state_dict(), "optimizer": optimizer.state_dict()},
-                         unfinished)
-            raise Stopped(f"{name}: stopped after step {pace.step}; run the same command to go on",
-                          max(stop_requested))
-        draw = f"base {seed} {pace.attempt} {pace.step}"
-        batch = make_examples(round, "train", round.batch_size, draw, pace.facts, round.order, tokenizer)
-        loss = arm(*collate(batch, device)).mean()
-        optimizer.zero_grad(set_to_none=True)
+    device = model.head.weight.device
+    test = make_examples(task, "validation", QUESTIONS, 1234, most_facts, "question_first")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    facts, running = 2, 2.0    # the running mean of the loss, in nats
+    for step in range(2 * USUAL_STEPS[task]):
+        batch = make_examples(task, "train", BATCH, f"{draw} {step}", facts, "question_first")
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARM_UP)
+        optimizer.zero_grad()
+        prompt, lengths, answer, answer_lengths = collate(batch, device)
+        logits, _ = answer_logits(model, None, prompt, lengths, answer, answer_lengths)
+        loss = answer_loss(logits, answer, answer_lengths).mean()
         loss.backward()
-        update(arm, optimizer, round, pace.step)
-        pace.step += 1
-        pace.loss = 0.8 * pace.loss + 0.2 * loss.item()
-        if time.monotonic() - shown > 2:
-            left = max(1, USUAL_STEPS[task] - pace.step) * (time.monotonic() - started) / (pace.step - first)
-            say(f"{name}: step {pace.step}, {pace.facts} facts of {round.facts}, loss {pace.loss:.3f}, "
-                f"about {duration(left)} left")
-            shown = time.monotonic()
-        low_enough = EASY if pace.facts < round.facts else KNOWN
-        if pace.loss < low_enough:
-            if pace.facts < round.facts:
-                pace.facts += 1
-            elif passes(arm.model, validation, round, name, pace.step, tokenizer):
-                break
-            pace.loss = 2 * low_enough    # some more steps before the next change
-        if pace.step == 2 * USUAL_STEPS[task]:
-            pace = Pace(attempt=pace.attempt + 1)
-            if pace.attempt == ATTEMPTS:
-                unfinished.unlink(missing_ok=True)
-                raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
-            say(f"{name}: has not learned it in {2 * USUAL_STEPS[task]} steps; starting over, otherwise")
-            started, first = time.monotonic(), 0
-            arm = fresh_arm(seed, pace.attempt, tokenizer).to(device)
-            optimizer = make_optimizer(arm, round)
-    arm.model.save(path)
-    unfinished.unlink(missing_ok=True)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running = 0.8 * running + 0.2 * loss.item()
+        if progress.due(3 * BATCH * MAX_PROMPT):
+            progress.line(f"{name}: step {step + 1}, {facts} facts of {most_facts}, loss {running:.3f}")
+        if facts < most_facts and running < EASY:
+            facts += 1
+            running = 2 * EASY    # some more steps before the next change
+        elif facts == most_facts and running < KNOWN:
+            right = share_right(model, test, device)
+            say(f"{name}: step {step + 1}, {right:.1%} of {QUESTIONS} questions right")
+            if right >= PASSED:
+                return True
+            running = 2 * KNOWN
+    return False
+
+
+def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -> None:
+    """Make the base that `recipe` starts from on the stand-in, and write it to `path`.
+
+    Raises ValueError if all attempts fail.
+    """
+    name = f"the base of the stand-in, {recipe.task} seed {seed}"
+    for attempt in range(ATTEMPTS):
+        model = fresh_model(recipe.channels, ATTEMPTS * seed + attempt).to(device)
+        if learns(model, recipe.task, recipe.facts, f"base {seed} {attempt}", name, progress):
+            model.save(path)
+            return
+        say(f"{name}: has not learned it in {2 * USUAL_STEPS[recipe.task]} steps; starting over, otherwise")
+    raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")

@@ -1,108 +1,74 @@
-"""Run a round: post-train one base twice, without and with Future-Seed, and report what it changed.
+"""Run a round: post-train one base twice, without and with Future-Seed, and say what that changed.
 
     python train.py --round R8 --seed 1
 
 Both arms start from the same weights and take the same batches in the same order for the same number of
-steps; arm.py is one arm, this file is the command line around it. Running the same command again goes on
-where it stopped, and does nothing more once both arms are done.
+steps. Everything that decides the numbers is a function of (base, settings, seed, step): batches are drawn by
+step, there is no dropout, and the arms differ in nothing but fs.py's seed states. So a checkpoint is weights,
+optimiser and step; the same command goes on from it, and on a CPU it ends with the same bits.
 
+A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm in its no_fs or prompt_fs:
+
+    run.json         what the run is: settings, base, data; on which machine and code; how far it is
+    metrics.jsonl    a line a step (train_loss) and a line an evaluation
+    records.jsonl    a line an example and evaluation: all that eval.py needs
+    controls.jsonl   prompt_fs, at the end: the same, its seed states switched off or made from a wrong prompt
+    checkpoint.pt    while it runs: all that is needed to go on
+    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own parameters
+
+Reading order: what was asked, what it takes, one arm, what is kept on the disk, the verdict.
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
 
 import argparse
-import contextlib
-import functools
+import copy
 import hashlib
 import json
 import os
+import platform
 import re
-import shutil
+import signal
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 
-from arm import ArmRun, Stopped, is_main, make_reproducible, say, world_size
-from data import Example, load_examples
-from download import download
-from eval import write_summary
-from files import locked
+import standin
+from data import Example, batches, collate, download, fingerprint, load_examples
+from eval import CONTROLS, explain, means_of, report, score, words_of
+from files import (ARMS, AnotherRun, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run,
+                   refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
+from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
-from records import ARMS
-from rounds import SETTINGS, Round, expand, load_rounds, miniature, seeds_of, with_settings
-from standin import (QUESTION_FIRST, SmallTokenizer, pretrain, small_tokenizer, training_examples,
-                     validation_examples)
+from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
 from tokenizer import Tokenizer
 
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
+SECONDS_BETWEEN_CHECKPOINTS = 300
+TOKENS_PER_EVALUATION_BATCH = 16384
+# the files whose code decides a run's numbers
+CODE = ("model.py", "wkv.py", "kernel_loader.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
+        "rounds.py", "train.py", "eval.py")
+
+
+# ---- what was asked ----------------------------------------------------------------------------------------
+
 EXAMPLES = """examples:
   python train.py --list                  the rounds, their recipes, the log's numbers, what is on disk
-  python train.py --round R8 --seed 1     both arms of one seed, as in the log
+  python train.py --round R8 --seed 1     both arms of one seed; without a GPU in miniature, in minutes
+  python train.py --round R8 --seed 1 --real
+                                          the real thing, whatever it takes
   python train.py --round R9 --seeds 0-4  both parts of R9, five seeds each
   python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
   python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
-                                          a smoke test, no weights needed
-  python train.py --round S1 --seed 17 --standin
-                                          on the built-in stand-in: a few minutes, nothing else needed
-  torchrun --nproc_per_node=4 train.py --round R2
-                                          four processes share each batch; where a batch has fewer rows
-                                          than there are processes (R6 to R10), they take a seed each
+                                          a smoke test on real questions, no weights needed
+  torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9
+                                          four processes share the rounds and seeds
 """
 
-
-# ---- the base ----------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Base:
-    """What both arms start from: an official checkpoint, or a freshly initialised model of given sizes."""
-
-    path: Path | None    # None: a fresh model
-    config: Config
-    identity: dict       # name and sha256, for run.json
-
-    def model(self) -> RWKV7:
-        return RWKV7.load(self.path) if self.path else RWKV7.init(self.config, seed=0)
-
-
-def find_base(choice: str | None, round: Round, assets: Path, offline: bool) -> Base:
-    """The base that --base names, or the round's own from the assets folder, downloaded there if need be."""
-    if choice is not None and (choice == "init" or choice.startswith("init:")):
-        sizes = re.fullmatch(r"init(?::L(\d+)-D(\d+))?", choice)
-        layers, width = (int(size) if size else None for size in sizes.groups()) if sizes else (0, 0)
-        head_size = next((size for size in (64, 32, 16) if (width or 768) % size == 0), None)
-        if layers == 0 or width == 0 or head_size is None:
-            raise ValueError(f"--base {choice}: write init, or init:L12-D64 for 12 layers of 64 channels "
-                             "(a multiple of 16)")
-        config = Config.published(layers or 12, width or 768, head_size)
-        return Base(None, config, {"name": f"init:L{config.n_layer}-D{config.n_embd}", "sha256": None})
-    if choice is not None:
-        path = Path(choice)
-    else:
-        path = assets / "weights" / round.base
-        if not path.exists():
-            download(BASE_URL + round.base, path, offline=offline)
-    config = RWKV7.load(path).config    # loaded once to see that it is whole, again by each arm
-    return Base(path, config, {"name": path.name, "sha256": sha256_of(path)})
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_vocabulary(base: Base, examples) -> None:
-    """A base of another vocabulary would be indexed out of range, deep inside and without a name."""
-    vocab_size = base.config.vocab_size
-    largest = max(max(example.prompt + example.answer) for example in examples)
-    if largest >= vocab_size:
-        raise ValueError(f"{base.identity['name']} has a vocabulary of {vocab_size} tokens, but the examples "
-                         f"hold token {largest}: it needs a base trained with the RWKV World vocabulary "
-                         "of 65536")
-
-
-# ---- the command line --------------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -110,294 +76,550 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                     "and report the difference.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--round", nargs="+", default=[], metavar="R",
-                        help="R2 to R10 (R9 is R9a and R9b), S1 to S11; standin trains the stand-in's bases")
-    parser.add_argument("--list", action="store_true", help="show the rounds and what is on disk, and stop")
-    parser.add_argument("--seed", type=int, help="draws the batches; default: the log's seeds of the round")
-    parser.add_argument("--seeds", metavar="LIST", help="several seeds, as 0-9 or 0,3,5")
-    parser.add_argument("--arm", choices=(*ARMS, "both"), default="both")
-    parser.add_argument("--base", metavar="PATH|init|init:L12-D64",
-                        help="an official .pth, or fresh weights; "
-                             "default: the round's own, from the assets folder")
-    parser.add_argument("--assets", type=Path, default=Path("assets"), metavar="DIR",
-                        help="where data and base are, or are downloaded to (default: assets)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
-                        help="where runs go (default: runs)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
-                        dest="settings", help="change settings of the round, see --list")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, metavar="M",
-                        help="the log's kind of budget: "
-                             "minutes of training an arm in place of the round's steps")
-    parser.add_argument("--fresh", action="store_true",
-                        help="start over, deleting what the arms' folders hold")
-    parser.add_argument("--offline", action="store_true", help="never use the network")
+    option = parser.add_argument
+    option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
+    option("--list", action="store_true", help="show the rounds and what is on disk, and stop")
+    option("--seed", "--seeds", dest="seeds", metavar="N",
+           help="draws the batches; several as 0-9 or 0,3,5; default: the log's seeds of the round")
+    option("--arm", choices=(*ARMS, "both"), default="both")
+    option("--base", metavar="PATH|init|init:L12-D64",
+           help="an official .pth, or fresh weights; default: the round's own, from the assets folder")
+    option("--assets", type=Path, default=Path("assets"), metavar="DIR",
+           help="where data and base are, or are downloaded to (default: assets)")
+    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    option("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
+           help="change settings of the round, see --list")
+    option("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    option("--minutes", type=float, metavar="M",
+           help="the log's kind of budget: minutes of training an arm in place of the round's steps")
+    option("--fresh", action="store_true", help="start over, deleting what the arms' folders hold")
+    option("--offline", action="store_true", help="never use the network")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--standin", action="store_true",
-                      help="run on the built-in stand-in, as rounds do whose base or data cannot be had")
-    kind.add_argument("--real", action="store_true", help="never run on the stand-in")
+    kind.add_argument("--standin", action="store_true", help="run in miniature, on made-up questions")
+    kind.add_argument("--real", action="store_true", help="never run in miniature, with or without a GPU")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
         parser.error("name a round with --round (python train.py --list shows them)")
-    if args.standin and args.base is not None:
-        parser.error("--standin has a base of its own; leave --base out")
+    if args.standin and (args.base or args.minutes):
+        parser.error("--standin has a base of its own and counts steps; leave --base and --minutes out")
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device that torch can use; "
-                     "leave it out to use the CPU")
+        parser.error("--device cuda: this machine has no CUDA device that torch can use")
     return args
 
 
-def chosen_seeds(args: argparse.Namespace, default: tuple[int, ...]) -> list[int]:
-    if args.seed is not None and args.seeds is not None:
-        raise ValueError("give --seed or --seeds, not both")
-    if args.seed is not None:
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: must be 0 or more")
-        return [args.seed]
-    return list(default) if args.seeds is None else seeds_of(args.seeds)
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raises OSError where a folder cannot be written, or made: before hours of work, not after."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"{folder}: cannot be written; name another folder with {option} DIR")
-
-
-def list_rounds(runs: Path) -> None:
-    """Every round's recipe, the log's numbers, and the seeds that are on disk."""
-    for name, round in load_rounds().items():
-        print(f"{name}: {round.title}")
-        trained = " trained" if round.fs_alpha_lr else ""
-        gradient = "" if round.fs_detach else ", not detached"
-        print(f"    prompts up to {round.max_prompt} tokens, {round.n_train} / {round.n_val} examples, batch "
-              f"{round.batch_size}, {round.steps} steps, lr {round.lr:g}; alpha {round.fs_alpha:g}{trained} "
-              f"from layer {round.fs_layer_start}, schedule {round.fs_schedule}{gradient}")
-        if round.log:
-            deltas = " ".join(f"{delta:+.4f}" for delta in round.log.d_acc)
-            print(f"    the log: d_acc {deltas}, mean {round.log.mean:+.4f} ± {round.log.std:.4f}; "
-                  f"{round.log.status}")
-        found = sorted(path.parent.parent.name + "/" + path.parent.name
-                       for path in runs.glob(f"{name}/seed*/*/run.json"))
-        print(f"    on disk: {', '.join(found) or 'nothing'}")
+def list_rounds(runs_dir: Path) -> None:
+    """Every round's recipe, the log's numbers, and the runs that are on the disk."""
+    for name, recipe in load_rounds()[0].items():
+        print(f"{name}: {recipe.title}")
+        print(f"    prompts up to {recipe.max_prompt} tokens, {recipe.n_train} / {recipe.n_val} examples, batch "
+              f"{recipe.batch_size}, {recipe.steps} steps, lr {recipe.lr:g}; alpha {recipe.alpha_init:g}"
+              f"{' trained' * (recipe.alpha_lr > 0)} from layer {recipe.fs_layer_start}, schedule "
+              f"{recipe.fs_alpha_schedule}{', not detached' * (not recipe.fs_detach)}")
+        if recipe.log:
+            deltas = " ".join(f"{delta:+.4f}" for delta in recipe.log.d_acc)
+            print(f"    the log: d_acc {deltas}; {recipe.log.status}")
+        for path in sorted([*runs_dir.glob(f"{name}/seed*/*/run.json"),
+                            *runs_dir.glob(f"standin/{name}/seed*/*/run.json")]):
+            try:
+                run = read_run(path.parent)
+                print(f"    on disk: {path.parent}, {run['status']} at step {run['steps']}")
+            except ValueError as error:
+                print(f"    on disk: {error}")
     print("\nsettings, for --set:", ", ".join(SETTINGS))
 
 
-@dataclass(frozen=True)
-class Material:
-    """What both arms of a seed are made from, and the round as it then runs."""
+# ---- what it takes -----------------------------------------------------------------------------------------
 
-    round: Round
+@dataclass(frozen=True)
+class Job:
+    """One seed of a round: what its two arms have in common."""
+
+    recipe: Round
+    seed: int
+    standin: bool
+    minutes: float | None
+    device: torch.device
+    folder: Path            # runs/R8/seed1
+    base: RWKV7             # read once: both arms start from these tensors
+    base_name: str
     train: list[Example]
     validation: list[Example]
-    base: Base
     tokenizer: Tokenizer
 
+    def identity(self, arm: str) -> dict:
+        """What a run is. Where any of it differs it is another run."""
+        return {
+            "round": self.recipe.name, "seed": self.seed, "arm": arm, "standin": self.standin,
+            "settings": self.recipe.settings(), "minutes": self.minutes,
+            "base": {"name": self.base_name, "sha256": self.base.sha256},
+            "data": {"train": fingerprint(self.train), "validation": fingerprint(self.validation)},
+        }
 
-class Missing(FileNotFoundError):
-    """Files that are not there and could not be downloaded, a message each."""
+    def surroundings(self) -> dict:
+        """What a run should not depend on, but for its last bits."""
+        code = hashlib.sha256()
+        for name in CODE:
+            code.update(Path(__file__).with_name(name).read_bytes())
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        machine = {"device": gpu or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(),
+                   "threads": torch.get_num_threads(), "torch": torch.__version__,
+                   "python": platform.python_version()}
+        return {"code": code.hexdigest()[:16], "machine": machine}
 
-    def __init__(self, messages: list[str]):
-        super().__init__("; ".join(messages))
-        self.messages = messages
+
+def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) -> tuple[RWKV7, str]:
+    """The base that --base names, or the round's own, downloaded into the assets folder if need be; its name."""
+    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice or "")
+    if fresh:
+        layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
+        head_size = next((size for size in (64, 32, 16) if width % size == 0), None)
+        if head_size is None:
+            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
+        return RWKV7.init(Config.published(layers, width, head_size), seed=0), f"init:L{layers}-D{width}"
+    path = Path(choice) if choice else assets / "weights" / recipe.base
+    if choice is None and not path.exists():
+        download(BASE_URL + recipe.base, path, RWKV7.load, offline)
+    return RWKV7.load(path), path.name
 
 
-def real_material(round: Round, args: argparse.Namespace) -> Material:
-    """The publishers' data and base. Raises Missing where any of it cannot be had."""
-    if round.facts:
-        raise ValueError("--set facts: only questions of the stand-in have facts; add --standin")
-    rules = dict(order=round.order, max_prompt=round.max_prompt, min_prompt=round.min_prompt,
-                 max_answer=round.max_answer, assets=args.assets, offline=args.offline)
-    wanted = (
-        lambda: load_examples(round.task, "train", n=round.n_train, seed=round.data_seed, **rules),
-        lambda: load_examples(round.task, "validation", n=round.n_val, seed=round.validation_seed, **rules),
-        lambda: find_base(args.base, round, args.assets, args.offline),
-    )
+def real_material(recipe: Round, args: argparse.Namespace) -> dict:
+    """What Job needs of the publishers' data and base. FileNotFoundError, a line a file, where they cannot be had."""
+    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
+                 max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
     found, missing = [], []
-    for load in wanted:
+    for load in (
+        lambda: load_examples(recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules),
+        lambda: load_examples(recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed, **rules),
+        lambda: find_base(args.base, recipe, args.assets, args.offline),
+    ):
         try:
             found.append(load())
         except FileNotFoundError as error:
             missing.append(str(error))
     if missing:
-        raise Missing(missing)
-    train, validation, base = found
-    check_vocabulary(base, train + validation)
-    if round.fs_layer_start >= base.config.n_layer:
-        say(f"note: {base.identity['name']} has {base.config.n_layer} layers and fs_layer_start is "
-            f"{round.fs_layer_start}: nothing is seeded, and both arms are the same")
-    return Material(round, train, validation, base, Tokenizer())
+        raise FileNotFoundError("\n".join(missing))
+    train, validation, (base, name) = found
+    largest = max(max(example.prompt + example.answer) for example in train + validation)
+    if largest >= base.config.vocab_size:
+        raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, but the examples hold "
+                         f"token {largest}: it needs a base with the RWKV World vocabulary of 65536")
+    if recipe.fs_layer_start >= base.config.n_layer:
+        say(f"note: {name} has {base.config.n_layer} layers and fs_layer_start is {recipe.fs_layer_start}: "
+            "nothing is seeded, and both arms are the same")
+    return dict(train=train, validation=validation, base=base, base_name=name, tokenizer=Tokenizer())
 
 
-def standin_material(round: Round, seed: int, args: argparse.Namespace) -> Material:
-    """The seed's own questions and base, made up and trained here."""
-    round = with_settings(miniature(round), args.settings)
-    if not round.facts:
-        raise ValueError("--set facts=0: the stand-in's questions need 2 facts or more; use --real")
-    if args.minutes is not None:
-        raise ValueError("--minutes: the stand-in's questions are made step by step, so its budget is steps; "
-                         "use --set steps=N")
-    tokenizer = small_tokenizer()
-    path = standin_base(round.task, seed, args, tokenizer)
-    base = Base(path, RWKV7.load(path).config, {"name": "stand-in", "sha256": sha256_of(path)})
-    examples = training_examples(round, seed, tokenizer), validation_examples(round, tokenizer)
-    try:
-        check_vocabulary(base, examples[0] + examples[1])
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {path} to have it made again") from None
-    return Material(round, *examples, base, tokenizer)
+def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progress: Progress) -> dict:
+    """The same of the stand-in: the seed's own questions, and its base, trained here if it is not there."""
+    path = standin.base_path(recipe, seed, args.assets)
+    if not path.exists():
+        standin.pretrain(recipe, seed, path, torch.device(args.device), progress)
+    return dict(train=standin.training_examples(recipe, seed), validation=standin.validation_examples(recipe),
+                base=RWKV7.load(path), base_name="stand-in", tokenizer=standin.small_tokenizer())
 
 
-def standin_base(task: str, seed: int, args: argparse.Namespace, tokenizer: SmallTokenizer) -> Path:
-    """Where a seed's stand-in base lies, trained first if it is not there."""
-    path = args.assets / "weights" / f"standin-{task}-seed{seed}.pth"
-    if is_main() and not path.exists():
-        check_writable(path.parent, "--assets")
-        pretrain(task, seed, path, tokenizer, torch.device(args.device))
-    if world_size() > 1:
-        dist.barrier()
-    return path
+def work_of(recipe: Round, arms: list[str]) -> float:
+    """The tokens that a seed's arms may read: a training step counts three times, or four if it recomputes."""
+    training = (3 + recipe.checkpoint_activations) * recipe.steps * recipe.batch_size
+    scoring = (1 + -(-recipe.steps // recipe.eval_every)) * recipe.n_val
+    controls = len(CONTROLS) * recipe.n_val if "prompt_fs" in arms else 0
+    return recipe.max_prompt * (len(arms) * (training + scoring) + controls)
 
 
-@functools.cache    # once a process for every reason
-def announce_standin(reason: str) -> None:
-    say(f"""
-{"=" * 100}
-STAND-IN: {reason}
-So this runs on made-up questions, from a tiny base that is trained here first: see standin.py.
-It shows the method at work; its numbers say nothing about the real round, and are marked wherever they go.
---real insists on the real thing and says what to put where; --standin asks for this straight away.
-{"=" * 100}
-""")
+def announce(recipe: Round, real: Round, reason: str, arms: list[str], args: argparse.Namespace) -> None:
+    """What is about to happen, before the first slow thing; with a reason, in miniature."""
+    lines = [f"{recipe.name}: {recipe.title}"]
+    if reason:
+        lines += [f"  ON THE STAND-IN, in miniature: {reason}",
+                  f"  made-up questions of {recipe.facts} facts, a tiny base that is trained here first, numbers of "
+                  "their own"]
+    if args.device == "cpu" and args.base is None:
+        took = "the real round would take" if reason else "this will take"
+        lines.append(f"  {took} about {duration(3600 * real_hours(real, arms))} a seed on this CPU"
+                     + "; --real runs it" * bool(reason))
+    budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
+    lines += [f"  to do: {' and '.join(arms)}, {budget} of {recipe.batch_size} questions each, scored on "
+              f"{recipe.n_val} questions every {recipe.eval_every} steps",
+              f"  on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
+    say("\n".join(lines))
 
 
-def find_real(round: Round, args: argparse.Namespace) -> Material | None:
-    """The real material, or None, after a notice, where it is unwanted or cannot be had."""
-    if args.standin:
-        announce_standin("asked for with --standin")
-        return None
-    try:
-        return real_material(round, args)
-    except Missing as error:
-        if args.real or args.base is not None:
-            raise
-        reasons = [message.partition(";")[0] for message in error.messages]    # without what to do
-        announce_standin("\n    ".join(["the real data or base cannot be had:", *reasons]))
-        return None
+def real_hours(recipe: Round, arms: list[str]) -> float:
+    """About how long a real seed takes on this CPU, from the pace of one matrix product.
+
+    Real prompts are 1.2 to 1.4 times min_prompt on average, and ARC's a seventh of max_prompt. The 0.1b model
+    multiplies 91 million weights with every token, and all else costs about a quarter more.
+    """
+    x, w = torch.randn(512, 768), torch.randn(768, 3072)
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        x @ w
+        seconds.append(time.monotonic() - started)
+    filled = max(1.25 * recipe.min_prompt / recipe.max_prompt, 1 / 7)
+    return 1.25 * 91e6 * work_of(recipe, arms) * filled / (512 * 768 * 3072) * min(seconds) / 3600
 
 
-def show_answers(material: Material, folder: Path, n: int = 4) -> None:
-    """A few validation questions of the stand-in, which fit on a line, with both arms' answers."""
-    answers = {}
-    for arm in ARMS:
-        lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()
-        answers[arm] = [json.loads(line)["text"].strip() for line in lines[-len(material.validation):]]
-    for i, example in enumerate(material.validation[:n]):
-        print("  " + " ".join(material.tokenizer.decode(example.prompt).replace("\n\n", ", ").split()))
-        given = ", ".join(f"{arm} says {answers[arm][i]}" for arm in ARMS)
-        print(f"    right is {example.text}; {given}")
-    prompt = material.tokenizer.decode(material.validation[0].prompt).replace("\n", "\\n")
-    print(f"  to ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'{prompt}'")
+# ---- one arm -----------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM. Its argument is the signal's number."""
 
 
-def run_seed(material: Material, seed: int, args: argparse.Namespace) -> None:
-    """Both arms of one seed, or the one that --arm names, then the round's summary."""
-    round = material.round
-    folder = args.runs / round.name / f"seed{seed}"
-    arms = [ArmRun(material, seed, arm, folder / arm, args)
-            for arm in (ARMS if args.arm == "both" else [args.arm])]
-    if args.fresh:
-        for arm in arms if is_main() else []:
-            shutil.rmtree(arm.folder, ignore_errors=True)
-        if world_size() > 1:
-            dist.barrier()    # no process may look at a folder that is about to go
-    states = [arm.state() for arm in arms]    # of all before the first runs: a refusal comes at once
-    for arm, state in zip(arms, states):
-        if state == "done":
-            say(f"{arm.name}: done before; --fresh runs it again")
-            continue
-        with locked(arm.folder) if is_main() else contextlib.nullcontext():
-            if args.fresh or not arm.copy_twin(args.runs):
-                arm.run()
-    if is_main() and args.arm == "both":
-        as_published = load_rounds()[round.name]    # what --set changed is for the report to say
+class Interrupt:
+    """Handles Ctrl-C and SIGTERM: at once, or, while `patient`, when the step at hand is done and saved."""
+
+    def __init__(self):
+        self.patient = False
+        self.requested = 0
+
+    def __call__(self, number, frame) -> None:
+        if self.requested or not self.patient:
+            raise Stopped(number)
+        self.requested = number
+        say("finishing this step, then saving; once more to stop at once")
+
+
+@dataclass
+class Ledger:
+    """What a checkpoint holds beside weights and optimiser."""
+
+    step: int = 0             # optimiser steps taken
+    seconds: float = 0.0      # spent in them
+    metrics: list[dict] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)    # from which step on it ran in which surroundings
+
+
+def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
+    """AdamW: weight decay on the matrices only, and Future-Seed's parameters at rates of their own."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = name.endswith(".weight") and parameter.ndim == 2
+            (matrices if is_matrix else others).append(parameter)
+    groups = [
+        {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": others, "lr": recipe.lr, "weight_decay": 0.0},
+    ]
+    for name, parameter in fs.named_parameters() if fs is not None else ():
+        if parameter.requires_grad:
+            lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": 0.0})
+    for group in groups:
+        group["full_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
+
+
+class Arm:
+    """One arm of a job: its model, optimiser and ledger, and what changes them."""
+
+    def __init__(self, job: Job, name: str):
+        self.job = job
+        self.name = f"{job.recipe.name} seed {job.seed} {name}"
+        self.folder = job.folder / name
+        self.identity = job.identity(name)
+        self.model = copy.deepcopy(job.base).to(job.device)
+        self.model.checkpoint_activations = job.recipe.checkpoint_activations
+        self.fs = None
+        if name == "prompt_fs":
+            self.fs = FutureSeed(job.base.config, **job.recipe.fs_settings()).to(job.device)
+        self.optimizer = make_optimizer(self.model, self.fs, job.recipe)
+        self.ledger = Ledger()
+        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []    # step, losses not yet read, ids
+
+    def train_step(self, batch: list[Example]) -> None:
+        """One optimiser step on the batch's mean loss, in pieces of micro_batch_size rows."""
+        recipe, device = self.job.recipe, self.job.device
+        started = time.monotonic()
+        size = recipe.micro_batch_size or len(batch)
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for i in range(0, len(batch), size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                prompt, lengths, answer, answer_lengths = collate(batch[i:i + size], device)
+                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer, answer_lengths)
+                loss = answer_loss(logits, answer, answer_lengths)
+            (loss.sum() / len(batch)).backward()
+            losses.append(loss.detach())
+        if recipe.grad_clip:
+            own = [] if self.fs is None else self.fs.parameters()
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *own], recipe.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * min(1.0, (self.ledger.step + 1) / max(1, recipe.warm_up))
+        self.optimizer.step()
+        self.ledger.step += 1
+        self.pending.append((self.ledger.step, torch.cat(losses), [example.id for example in batch]))
+        self.ledger.seconds += time.monotonic() - started
+
+    def finite(self, loss: float, what: str) -> None:
+        """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
+        if not loss < float("inf"):
+            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+            raise ValueError(f"{self.name}: {what} is {loss}; {kept}; a lower lr may help, as in --set "
+                             f"lr={self.job.recipe.lr / 3:.1g}")
+
+    def read_losses(self) -> None:
+        """Bring the losses since the last call from the device."""
+        started = time.monotonic()    # a GPU may be steps behind: its time counts too
+        for step, losses, ids in self.pending:
+            mean = losses.mean().item()
+            self.finite(mean, f"the loss at step {step} (examples {', '.join(ids)})")
+            self.ledger.metrics.append({"step": step, "train_loss": mean})
+        self.pending.clear()
+        self.ledger.seconds += time.monotonic() - started
+
+    def scored(self, progress: Progress, control: str | None = None) -> list[dict]:
+        """Records of the whole validation set."""
+        job, step, longest = self.job, self.ledger.step, self.job.recipe.max_prompt
+        what = f"its seed states {CONTROLS[control]}" if control else f"validation at step {step}"
+
+        def tick(done, more):
+            if progress.due(more * longest):
+                progress.line(f"{self.name}: {what}: {done} of {len(job.validation)} questions")
+
+        return score(self.model, job.validation, self.fs, device=job.device, step=step, control=control,
+                     batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // longest), tokenizer=job.tokenizer, tick=tick)
+
+    def evaluate(self, progress: Progress) -> None:
+        """Score the whole validation set and write down what came out."""
+        records = self.scored(progress)
+        means = means_of(records)
+        self.finite(means["loss"], f"the validation loss after step {self.ledger.step}")
+        self.ledger.records += records
+        self.ledger.metrics.append({"step": self.ledger.step, **means})
+        say(f"{self.name}: step {self.ledger.step}, validation "
+            f"{words_of(self.ledger.metrics[-1], self.job.recipe.task)}")
+
+    def evaluated(self) -> bool:
+        return any("acc" in line and line["step"] == self.ledger.step for line in self.ledger.metrics)
+
+    def finished(self) -> bool:
+        """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
+        if self.job.minutes is None:
+            return self.ledger.step >= self.job.recipe.steps
+        return self.ledger.seconds >= 60 * self.job.minutes
+
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint.pt").exists()
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, if there is one. ValueError where it is damaged or another run's."""
+        if self.has_checkpoint():
+            path = self.folder / "checkpoint.pt"
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                refuse_another(path, saved["identity"], self.identity)
+                self.model.load_state_dict(saved["model"])
+                if self.fs is not None:
+                    self.fs.load_state_dict(saved["fs"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.ledger = Ledger(**saved["ledger"])
+            except AnotherRun:
+                raise
+            except Exception as error:    # a damaged file raises half a dozen types
+                raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); use --fresh to start "
+                                 "over") from error
+            say(f"{self.name}: going on from step {self.ledger.step}")
+        here = self.job.surroundings()
+        before = {key: self.ledger.history[-1][key] for key in here} if self.ledger.history else None
+        if before not in (None, here):
+            say(f"{self.name}: note, other surroundings than before ({in_words(before, here)}); the last bits may "
+                "differ")
+        if before != here:
+            self.ledger.history.append({"from_step": self.ledger.step, **here})
+
+    def save(self) -> None:
+        """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
+        self.read_losses()
+        state = {"identity": self.identity, "ledger": vars(self.ledger), "model": self.model.state_dict(),
+                 "fs": self.fs.state_dict() if self.fs is not None else {},
+                 "optimizer": self.optimizer.state_dict()}
         try:
-            print(write_summary(as_published, args.runs)[1])
-        except ValueError as error:    # the run itself is fine: another seed on the disk does not go with it
-            say(f"note: {round.name} seed {seed} is complete, but the round has no report: {error}")
-        else:
-            if round.facts:
-                show_answers(material, folder)
+            save_tensors(state, self.folder / "checkpoint.pt")
+            self.write_files("running")
+        except OSError as error:
+            kept = "the previous checkpoint is kept" if self.has_checkpoint() else "nothing was saved before"
+            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); "
+                          f"{kept}; free some space and run the same command to go on") from error
+
+    def write_files(self, status: str) -> None:
+        write_lines(self.folder / "metrics.jsonl", self.ledger.metrics)
+        write_lines(self.folder / "records.jsonl", self.ledger.records)
+        write_run(self.folder, {
+            **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
+            "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history,
+        })
+
+    def finish(self, controls: list[dict]) -> None:
+        """Leave the folder complete."""
+        self.model.save(self.folder / "model.pth")
+        if self.fs is not None:
+            write_lines(self.folder / "controls.jsonl", controls)
+            save_tensors({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()},
+                         self.folder / "fs.pth")
+        self.write_files("done")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def make_standins(args: argparse.Namespace, share: slice) -> None:
-    """--round standin: train the bases of the stand-in, each once."""
-    tokenizer = small_tokenizer()
-    for task in QUESTION_FIRST:
-        for seed in chosen_seeds(args, (0, 1, 2))[share]:
-            say(f"{standin_base(task, seed, args, tokenizer)} is there")
+def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> None:
+    """Train an arm to the end of its budget, evaluating on the way, and leave its folder complete."""
+    arm, recipe = Arm(job, name), job.recipe
+    arm.resume()
+    stream = batches(job.train, recipe.batch_size, job.seed, start=arm.ledger.step, shuffle=not job.standin)
+    saved = time.monotonic()
+    interrupt.patient = True
+    while True:
+        finished = arm.finished()
+        if (finished or arm.ledger.step % recipe.eval_every == 0) and not arm.evaluated():
+            arm.save()
+            interrupt.patient = False    # nothing is lost where an evaluation is left
+            arm.evaluate(progress)
+            interrupt.patient = True
+        if finished:
+            break
+        if interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            arm.save()
+            saved = time.monotonic()
+            if interrupt.requested:
+                raise Stopped(interrupt.requested)
+        batch = next(stream)
+        arm.train_step(batch)
+        if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
+            arm.read_losses()
+            of = recipe.steps if job.minutes is None else f"as many as {job.minutes:g} minutes allow"
+            progress.line(f"{arm.name}: step {arm.ledger.step} of {of}, loss {arm.ledger.metrics[-1]['train_loss']:.3f}")
+    arm.save()
+    interrupt.patient = False
+    controls = [arm.scored(progress, control) for control in CONTROLS if arm.fs is not None]
+    interrupt.patient = True
+    arm.finish([record for records in controls for record in records])
+    interrupt.patient = False
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.list:
-        list_rounds(args.runs)
-        return
-    # settings first: a wrong one is told before anything is loaded or made, and seeds may be among them
-    all_rounds = load_rounds()
-    rounds = [with_settings(all_rounds[name], args.settings)
-              for name in expand([name for name in args.round if name != "standin"])]
-    seeds = [chosen_seeds(args, round.seeds) for round in rounds]
-    check_writable(args.runs, "--runs")
-    share = slice(None)
-    processes = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
-    if processes > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if min((round.batch_size for round in rounds), default=0) >= processes:
-            # to share batches
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-        else:
-            # too small to share: each has its own seeds
-            share = slice(int(os.environ["RANK"]), None, processes)
+# ---- the verdict -------------------------------------------------------------------------------------------
+
+def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, args: argparse.Namespace,
+             progress: Progress, interrupt: Interrupt) -> None:
+    """One seed, from taking its folder to the report.
+
+    Args: recipe, the round with --set applied to it as `published`; material, or None for the stand-in's.
+    """
+    runs_dir = args.runs / "standin" if material is None else args.runs
+    folder = runs_dir / recipe.name / f"seed{seed}"
+    arms = list(ARMS) if args.arm == "both" else [args.arm]
+    with locked(folder):
+        if args.fresh:
+            clear(folder, arms)
+        here = material or standin_material(recipe, seed, args, progress)
+        job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, **here)
+        states = {arm: status_of(folder / arm, job.identity(arm)) for arm in arms}    # a refusal comes at once
+        for arm, state in states.items():
+            twin = twin_key(job.identity(arm), job.surroundings())
+            if state == "done":
+                say(f"{recipe.name} seed {seed} {arm}: done before; --fresh runs it again")
+            elif state == "running" or args.fresh or not copy_twin(folder / arm, job.identity(arm), twin):
+                run_arm(job, arm, progress, interrupt)
+        if args.arm == "both":
+            result, text = report(published, runs_dir)
+            print(text)
+            if job.standin:
+                print(explain(result, seed, job.validation, job.tokenizer, folder))
+
+
+def reproducible(device: str) -> None:
+    """From here on, the same command gives the same bits on the same machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ between runs
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # or every new tensor would be filled first, though nothing here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        # and on others: sums in AVX-512 end in other bits than in AVX2, and 250 steps make other models of them.
+        # torch and its libraries read these at their first operation
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+        os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+
+
+def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
+    """Every round and seed that was asked for. Returns the exit code: a seed that fails stops no other."""
+    published, miniatures = load_rounds()
+    names = expand(args.round, published)
+    seeds = {name: seeds_of(args.seeds) if args.seeds else published[name].seeds for name in names}
+    jobs = [(name, seed) for name in names for seed in seeds[name]]
+    # torchrun's processes share them: rounds and seeds do not depend on each other
+    jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    if "LOCAL_RANK" in os.environ and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # settings first: a wrong one is told before anything is loaded or made
+    real = {name: with_settings(published[name], args.settings) for name in names}
+    small = {name: with_settings(miniatures[name], args.settings) for name in names}
+    arms = list(ARMS) if args.arm == "both" else [args.arm]
+    no_gpu = args.device == "cpu" and not args.real and args.base is None
     threads = torch.get_num_threads()
-    if "standin" in args.round:
-        torch.set_num_threads(1)
-        make_standins(args, share)
-    for round, round_seeds in zip(rounds, seeds):
-        real = find_real(round, args)    # once a round: no seed of it may get another answer
-        # to the small arrays of the stand-in a second thread is worth 20%, and on a busy machine it makes
-        # a step ten times slower
-        torch.set_num_threads(threads if real else 1)
-        for seed in round_seeds[share]:
-            run_seed(real or standin_material(round, seed, args), seed, args)
+    materials, failed = {}, False
+    progress = Progress(0, "left in all")
+    for number, (name, seed) in enumerate(jobs):
+        if name not in materials:    # decided once a round: no seed of it may get another answer
+            reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
+            materials[name] = None
+            if not reason:
+                try:
+                    materials[name] = real_material(real[name], args)
+                except FileNotFoundError as error:
+                    if args.real or args.base is not None:
+                        raise
+                    missing = [line.partition(";")[0] for line in str(error).splitlines()]
+                    reason = "the real data or base cannot be had:\n    " + "\n    ".join(missing)
+            announce(small[name] if reason else real[name], real[name], reason, arms, args)
+        made_up = materials[name] is None
+        recipe = small[name] if made_up else real[name]
+        # to the small arrays of the stand-in a second thread is worth little, and on a busy machine it makes a
+        # step ten times slower
+        torch.set_num_threads(1 if made_up else threads)
+        progress.total = progress.done
+        for later, its_seed in jobs[number:]:
+            progress.total += work_of(small[later] if made_up else real[later], arms)
+            if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
+                progress.total += standin.base_work(small[later])
+        try:
+            run_seed(recipe, (miniatures if made_up else published)[name], seed, materials[name], args, progress,
+                     interrupt)
+        except (ValueError, OSError) as error:
+            complain(error)
+            failed = True
+    return 2 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
-    make_reproducible()
+    interrupt = Interrupt()
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    again = "the same command without --fresh" if args.fresh else "the same command"
     try:
-        run(args)
-        return 0
+        reproducible(args.device)
+        if args.list:
+            list_rounds(args.runs)
+            return 0
+        return run(args, interrupt)
     except Stopped as stop:
-        say(str(stop))
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        say("stopped at once; what was saved before is kept, and the same command goes on from there")
-        return 130
-    except torch.OutOfMemoryError:
-        say("error: out of memory; lower micro_batch_size or set checkpoint_activations=true, as in "
-            "--set micro_batch_size=1 checkpoint_activations=true, or lower max_prompt")
-        return 2
+        say(f"stopped; what was saved is kept, and {again} goes on from there")
+        return 128 + stop.args[0]
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
+        return 2
+    except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        complain(ValueError("out of memory; lower micro_batch_size or recompute, as in --set micro_batch_size=1 "
+                 "checkpoint_activations=true, or lower max_prompt"))
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
