@@ -314,11 +314,13 @@ def text_of_log(rounds: list[Round]) -> str:
 
 def report(recipe: Round, runs_dir: str | Path) -> tuple[dict, str]:
     """The report on a round's finished seeds, also written into runs_dir under the log's file name."""
-    result = analyse(read_round(Path(runs_dir) / recipe.name), recipe)
-    text = text_of([result])
+    folder = Path(runs_dir) / recipe.name
     name = recipe.log.summary if recipe.log else f"_summary_{recipe.name}.txt"
-    with locked(Path(runs_dir) / recipe.name, wait=True), atomic_write(Path(runs_dir) / name, "w") as file:
-        file.write(text)
+    with locked(folder, wait=True):    # or of two processes the one that knew less might write last
+        result = analyse(read_round(folder), recipe)
+        text = text_of([result])
+        with atomic_write(folder.with_name(name), "w") as file:
+            file.write(text)
     return result, text
 
 

@@ -121,9 +121,10 @@ def write_run(folder: Path, run: dict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Own a folder, made if need be, and clear away what killed processes left half written in it.
+    """Own a folder, made if need be, and clear away what a killed owner left half written in its folders.
 
-    Raises ValueError where another process owns it, unless told to wait for that one to leave.
+    Raises ValueError where another process owns it. With `wait` the folder is shared by turns: wait for that
+    one to leave, and clear nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
@@ -135,7 +136,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
                                  "--runs DIR") from None
-        for leftover in folder.glob("**/.*.????????"):
+        for leftover in folder.glob("*/.*.????????") if not wait else ():
             leftover.unlink()
         yield
     finally:
@@ -232,6 +233,7 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
             run = read_run(path)
             if run["status"] != "done" or run.get("twin") != twin or len(run["history"]) > 1:
                 continue
+            shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(path, temporary)
             files = ("model.pth",) if arm == "no_fs" else ("model.pth", "fs.pth", "controls.jsonl")
             whole = run["steps"] in read_records(temporary / "records.jsonl")

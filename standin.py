@@ -49,7 +49,7 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     """n generated records in the official format of a task: looking up one of n_facts, all equally likely.
 
     hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
-    arc: the options "A. Ann", "B. Bob", …; "Who is Bob?"; "B" (2 to 26 facts).
+    arc: the options "D. Ann", "K. Bob", …; "Who is Bob?"; "K" (2 to 26 facts), the labels drawn and sorted.
 
     Paragraphs have no titles, and a fact is three tokens there and four here, since the stand-in trains on a
     CPU. No question can be answered without the facts. A hash of the facts, in whatever order, and the
@@ -64,7 +64,10 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     while len(records) < n:
         names = rng.sample(NAMES, n_facts)
         asked = rng.randrange(n_facts)
-        values = rng.choices(VERBS, k=n_facts) if task == "hotpotqa" else LABELS[:n_facts]
+        if task == "hotpotqa":
+            values = rng.choices(VERBS, k=n_facts)
+        else:
+            values = sorted(rng.sample(LABELS, n_facts))    # were they always A, B, C, …, places would do
         facts = [f"{name} {value}" for name, value in zip(names, values)]
         identity = " ".join(sorted(facts) + [names[asked]]).encode()
         if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
