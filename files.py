@@ -59,17 +59,19 @@ class Progress:
     def __init__(self, total: float, left: str = "left"):
         self.total = total
         self.left = left    # in words
-        self.done = 0.0
+        self.done = self.first = 0.0
         self.started = self.shown = time.monotonic()
 
     def due(self, work: float) -> bool:
         """Count some more work as done, and return whether it is time for a line."""
+        if self.done == 0:    # what came before, and the first piece, are no measure of the pace
+            self.started, self.first = time.monotonic(), work
         self.done += work
         return time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
 
     def line(self, text: str) -> None:
         self.shown = time.monotonic()
-        pace = (self.shown - self.started) / max(self.done, 1e-9)
+        pace = (self.shown - self.started) / max(self.done - self.first, 1)
         say(f"{text}; about {duration(pace * max(0.0, self.total - self.done))} {self.left}")
 
 
