@@ -10,7 +10,6 @@ Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its l
 """
 
 import contextlib
-import functools
 import hashlib
 import http.client
 import io
@@ -174,8 +173,8 @@ def answer_to(url: str, headers: dict[str, str] = {}) -> Iterator[http.client.HT
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool) -> None:
     """Fetch url to path, whole and checked or not at all.
 
-    Args: check, called with the downloaded file before it gets its name, raises ValueError to refuse it.
-    Raises FileNotFoundError where the file cannot be had, always if `offline`; OSError where it cannot be kept.
+    Args: check, called with the file before it gets its name, raises ValueError to refuse it.
+    Raises FileNotFoundError where it cannot be had, always if `offline`; OSError where it cannot be kept.
     """
     by_hand = f"fetch {url} by hand and put it at {path}"
     if offline:
@@ -184,9 +183,16 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     try:
         with atomic_write(path) as file:
             with answer_to(url) as answer:
+                # http.client ends a body that was cut off without complaint, so its length is checked
                 if answer.status != 200 or not answer.length:
-                    raise NotServed(f"the server answered {answer.status} and sent no file of a known length")
-                copy_body(answer, file, path.name)
+                    raise NotServed(f"the server answered {answer.status}, with no file of a known length")
+                progress = Progress(answer.length)
+                while chunk := answer.read(CHUNK):
+                    file.write(chunk)
+                    if progress.due(len(chunk)):
+                        progress.line(f"{path.name}: {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB")
+                if progress.done < progress.total:
+                    raise NotServed(f"the connection ended after {progress.done:,.0f} of {progress.total:,} bytes")
             file.flush()
             check(Path(file.name))
     except (NotServed, ValueError) as error:
@@ -194,17 +200,6 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     except OSError as error:
         raise OSError(f"{path} cannot be stored ({error.strerror or error}); free some space, name another "
                       f"folder or {by_hand}") from None
-
-
-def copy_body(answer: http.client.HTTPResponse, file: BinaryIO, name: str) -> None:
-    """The answer's whole body into the file. http.client ends a short one without complaint, so it is counted."""
-    progress = Progress(answer.length)
-    while chunk := answer.read(CHUNK):
-        file.write(chunk)
-        if progress.due(len(chunk)):
-            progress.line(f"{name}: {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB")
-    if progress.done < progress.total:
-        raise NotServed(f"the connection ended after {progress.done:,.0f} of {progress.total:,} bytes")
 
 
 class RemoteFile(io.RawIOBase):
@@ -243,10 +238,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def read_member(url: str, name: str) -> bytes:
-    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680).
-
-    Nothing is unpacked to the disk. Raises NotServed where it cannot be had.
-    """
+    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680), or NotServed."""
     try:
         with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
             if archive.getinfo(name).file_size > LARGEST_MEMBER:
@@ -257,11 +249,6 @@ def read_member(url: str, name: str) -> bytes:
 
 
 # ---- files of records --------------------------------------------------------------------------------------
-
-@functools.cache        # once a process: the same is true of both splits
-def note(text: str) -> None:
-    say(f"note: {text}")
-
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
@@ -287,9 +274,8 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
             raise NotServed("downloads are off")
         say(f"reading {path.name} from the archive at {ARC_ARCHIVE.split('/')[2]}")
         content = read_member(ARC_ARCHIVE, member)
-        count = len(content.splitlines())
-        if count != published:
-            raise NotServed(f"it holds {count:,} records there; {published:,} were published")
+        if len(content.splitlines()) != published:
+            raise NotServed(f"not the published file: it should hold {published:,} records")
     except NotServed as error:
         raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {ARC_ARCHIVE} by hand and "
                                 f"put its member {member} there") from None
@@ -299,7 +285,7 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
 
 
 def read_records(path: Path) -> list:
-    """Every record of a .json or .jsonl file. Raises ValueError that names the file and, in .jsonl, the record."""
+    """Every record of a .json or .jsonl file. ValueError names the file and, in .jsonl, the record."""
     records = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -313,7 +299,7 @@ def read_records(path: Path) -> list:
             raise ValueError("no records")
     except (ValueError, RecursionError) as error:
         where = f"record {len(records) + 1}: " if path.suffix == ".jsonl" else ""
-        raise ValueError(f"{path}: {where}damaged or cut off ({error}); delete the file to have it downloaded "
+        raise ValueError(f"{path}: {where}damaged or cut off ({error}); delete the file to have it fetched "
                          "again") from None
     return records
 
@@ -330,22 +316,22 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(rows(examples)).encode()).hexdigest()
 
 
-def read_cache(path: Path) -> list[Example] | None:
-    """The examples that write_cache put there, or None where there are none or they are damaged."""
+def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
+    """What make() returns, from the file if it holds that undamaged, else put there for the next time."""
     try:
-        checksum, cached = json.loads(path.read_bytes())
-        examples = [Example(*row) for row in cached]
-        return examples if fingerprint(examples) == checksum else None
+        checksum, found = json.loads(path.read_bytes())
+        examples = [Example(*row) for row in found]
+        if fingerprint(examples) == checksum:
+            return examples
     except (OSError, ValueError, TypeError, RecursionError):
-        return None
-
-
-def write_cache(path: Path, examples: list[Example]) -> None:
+        pass
+    examples = make()
     try:
         with atomic_write(path, "w") as file:
             json.dump([fingerprint(examples), rows(examples)], file, separators=(",", ":"))
     except OSError as error:
-        note(f"{path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
+        say(f"note: {path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
+    return examples
 
 
 def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
@@ -358,43 +344,40 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
     Raises FileNotFoundError where the file cannot be had, OSError where it cannot be kept, ValueError for a
     malformed record, two of one id, or too few that qualify.
     """
-    assets = Path(assets)
-    path = find_file(task, split, assets, offline)
+    path = find_file(task, split, Path(assets), offline)
     rules = dict(order=order, max_prompt=max_prompt, min_prompt=min_prompt, max_answer=max_answer)
-    decisive = [task, split, sha256_of(path), VOCABULARY_SHA256, sha256_of(Path(__file__)), rules, n, seed]
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    store = assets / "cache" / f"{task}-{split}-{key[:16]}.json"
-    examples = read_cache(store)
-    if examples is not None:
+
+    def make() -> list[Example]:
+        if path.stat().st_size > 100e6:
+            say(f"reading {path.name}, once: up to a minute")
+        records = read_records(path)
+        published = FILES[task, split][1]
+        if len(records) != published:
+            say(f"note: {path} holds {len(records):,} records; the published file holds {published:,}")
+        tokenizer = Tokenizer()
+        indices = list(range(len(records)))
+        random.Random(seed).shuffle(indices)
+        examples = []
+        for i in indices:
+            if len(examples) == n:
+                break
+            try:
+                example = make_example(task, records[i], tokenizer, **rules)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: record {i + 1}: {error}") from None
+            if example is not None:
+                examples.append(example)
+        if not examples or len(examples) < (n or 0):
+            setting = "n_train" if split == "train" else "n_val"
+            raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
+                             f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
+        if len({example.id for example in examples}) < len(examples):
+            raise ValueError(f"{path}: two of its records have the same id; restore the published file")
         return examples
 
-    if path.stat().st_size > 100e6:
-        say(f"reading {path.name}, once: up to a minute")
-    records = read_records(path)
-    published = FILES[task, split][1]
-    if len(records) != published:
-        note(f"{path} holds {len(records):,} records; the published file holds {published:,}")
-    tokenizer = Tokenizer()
-    indices = list(range(len(records)))
-    random.Random(seed).shuffle(indices)
-    examples = []
-    for i in indices:
-        if n is not None and len(examples) == n:
-            break
-        try:
-            example = make_example(task, records[i], tokenizer, **rules)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: record {i + 1}: {error}") from None
-        if example is not None:
-            examples.append(example)
-    if not examples or (n is not None and len(examples) < n):
-        setting = "n_train" if split == "train" else "n_val"
-        raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
-                         f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
-    if len({example.id for example in examples}) < len(examples):
-        raise ValueError(f"{path}: two of its records have the same id; restore the published file")
-    write_cache(store, examples)
-    return examples
+    decisive = [task, split, sha256_of(path), VOCABULARY_SHA256, sha256_of(Path(__file__)), rules, n, seed]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+    return cached(Path(assets) / "cache" / f"{task}-{split}-{key[:16]}.json", make)
 
 
 # ---- batches -----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ Shapes: S seeds, n examples, M metrics.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -186,23 +185,28 @@ def refuse_another(place: Path, found: dict, wanted: dict) -> None:
         raise AnotherRun(f"{place} holds another run ({other}); --fresh replaces it, --runs DIR keeps both")
 
 
+@contextlib.contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read and taken apart is one ValueError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.100}); {AGAIN}") from error
+
+
 def read_run(folder: Path) -> dict:
     """An arm's run.json, checked. ValueError names the file; FileNotFoundError where there is none."""
     path = folder / "run.json"
-    kinds = {"round": str, "seed": int, "arm": str, "standin": bool, "status": str, "steps": int,
-             "settings": dict, "base": dict, "data": dict, "history": list}
-    try:
+    with damage_told(path):
         run = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [key for key, kind in kinds.items() if type(run.get(key)) is not kind]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder.name} was not run") from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error!r:.80}); {AGAIN}") from error
-    here = [run["round"], f"seed{run['seed']}", run["arm"]]
-    if here != list(folder.absolute().parts[-3:]):
-        raise ValueError(f"{path}: describes {'/'.join(here)}; put the folder back in its place")
+        kinds = {"round": str, "seed": int, "arm": str, "standin": bool, "status": str, "steps": int,
+                 "settings": dict, "base": dict, "data": dict, "history": list}
+        for key, kind in kinds.items():
+            if type(run[key]) is not kind:
+                raise ValueError(f"{key} is no {kind.__name__}")
+        here = [run["round"], f"seed{run['seed']}", run["arm"]]
+        if here != list(folder.absolute().parts[-3:]):
+            raise ValueError(f"it is {'/'.join(here)}'s")
     return run
 
 
@@ -269,25 +273,20 @@ class Runs:
 def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list[float]]]:
     """records.jsonl as {step: {id: values of METRICS}}; controls.jsonl likewise, by "control".
 
-    Raises ValueError naming the file and the line, FileNotFoundError where there is none.
+    Raises ValueError naming the file, FileNotFoundError where there is none.
     """
-    number, evaluations = 0, {}
-    try:
+    evaluations = {}
+    with damage_told(path):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
-            correct, tokens, loss = record["correct"], record["tokens"], record["loss"]
-            values = [correct / tokens, float(loss), float(record["exact"]), float(record["f1"])]
+            correct, tokens, loss, exact, f1 = (record[key] for key in ("correct", "tokens", "loss", "exact", "f1"))
             evaluation = evaluations.setdefault(record[by], {})
-            if not (0 <= correct <= tokens and 0 <= values[1] < math.inf and values[2] in (0, 1)
-                    and 0 <= values[3] <= 1 and type(record["id"]) is str and record["id"] not in evaluation):
-                raise ValueError("a value that cannot be, or an example twice")
-            evaluation[record["id"]] = values
+            if not (0 <= correct <= tokens and 0 <= loss < 1e30 and exact in (0, 1) and 0 <= f1 <= 1
+                    and type(record["id"]) is str and record["id"] not in evaluation):
+                raise ValueError(f"line {number} has a value that cannot be, or an example again")
+            evaluation[record["id"]] = [correct / tokens, loss, exact, f1]
         if len({frozenset(evaluation) for evaluation in evaluations.values()}) != 1:
             raise ValueError("an evaluation lacks examples")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: no evaluation record ({error!r:.80}); {AGAIN}") from error
     return evaluations
 
 
@@ -308,11 +307,10 @@ def read_seed(folder: Path) -> tuple[list[dict], list[dict], dict]:
     for run in runs:
         if run["status"] != "done":
             raise FileNotFoundError(f"{run['arm']} stands at step {run['steps']}")
-    last = [read_records(folder / arm / "records.jsonl").get(run["steps"]) for arm, run in zip(ARMS, runs)]
+    last = [read_records(folder / arm / "records.jsonl").get(run["steps"], {}) for arm, run in zip(ARMS, runs)]
     unlike = in_words(same_of(runs[0], False), same_of(runs[1], False))
-    if None in last or last[0].keys() != last[1].keys():
-        unlike = "they were not scored on the same examples at their ends"
-    if unlike:
+    if unlike or last[0].keys() != last[1].keys() or not last[0]:
+        unlike = unlike or "they were not scored on the same examples at their ends"
         raise ValueError(f"{folder}: its arms cannot be compared: {unlike}; {AGAIN}")
     return runs, last, read_records(folder / ARMS[1] / "controls.jsonl", by="control")
 
@@ -338,15 +336,15 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
             damaged.append(str(error))
     if not found:
         reason = "; ".join(damaged + notes) or "no runs"
-        raise FileNotFoundError(f"{folder}: no finished seed ({reason}); run python train.py --round {folder.name}")
+        raise FileNotFoundError(f"{folder}: no finished seed ({reason}); run train.py --round {folder.name}")
     first, last, controls = next(iter(found.values()))
     ids = sorted(last[0])
     for seed, (runs, last, _) in found.items():
         unlike = in_words(same_of(first[0], True), same_of(runs[0], True))
         if unlike or sorted(last[0]) != ids:
-            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared: "
-                             f"{unlike or 'they were scored on different examples'}; run both alike, or keep them "
-                             "apart with --runs DIR")
+            unlike = unlike or "they were scored on different examples"
+            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared: {unlike}; run both "
+                             "alike, or keep them apart with --runs DIR")
     for key in ("code", "machine"):
         values = [entry.get(key) for runs, _, _ in found.values() for run in runs for entry in run["history"]]
         other = next((value for value in values if value != values[0]), None)
@@ -356,7 +354,8 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
         seeds=list(found),
         steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],
         scores=np.array([[[scores[id] for id in ids] for scores in last] for _, last, _ in found.values()]),
-        controls={control: [float(np.mean([scores[0] for scores in seed[2].get(control, {"": [math.nan]}).values()]))
-                            for seed in found.values()] for control in controls},
+        controls={control: [float(np.mean([scores[0] for scores in seed[2][control].values()]))
+                            for seed in found.values()]
+                  for control in controls if all(control in seed[2] for seed in found.values())},
         run=first[0], notes=notes, damaged=damaged,
     )
