@@ -6,7 +6,7 @@ What is claimed. `judge` speaks of the typical seed: the median over seeds of th
 smallest and the 2nd largest of ten seeds hold it between them in 97.9% of draws, whatever the distribution of
 seeds. It is the sign test turned round: do more seeds gain than lose? Below six seeds nothing is claimed.
 
-Why not the mean. Ten seeds without a jump are no surprise (5%) even if one seed in four jumps, and at +0.45
+Why not the mean. Ten seeds without a jump are no surprise (6%) even if one seed in four jumps, and at +0.45
 that is +0.12 in the mean. An interval that allows for it is too wide to use; one that does not, as Student's,
 is wrong. The mean is a description, and jumps are counted and tested on their own.
 
