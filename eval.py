@@ -202,6 +202,7 @@ def analyse(runs: Runs, recipe: Round) -> dict:
             line[metric] = {"no_fs": float(means[s, 0, m]), "prompt_fs": float(means[s, 1, m]),
                             "d": float(deltas[s, m]), "low": float(low[s, m]), "high": float(high[s, m])}
         per_seed.append(line)
+    S = len(runs.seeds)
     verdict, least, most = judge(x[..., 0])
     share, share_low, share_high = chance_to_gain(deltas[:, 0])
     learned = means[..., 0] > JUMP                    # (S, 2)
@@ -214,7 +215,7 @@ def analyse(runs: Runs, recipe: Round) -> dict:
         "gate": 1 / (1 + math.exp(-runs.run["settings"]["alpha_init"])), "seeds": runs.seeds, "examples": x.shape[1],
         "labels": labels_of(runs.run, recipe), "notes": runs.notes, "per_seed": per_seed,
         "over_seeds": over_seeds, "verdict": verdict, "median": float(np.median(deltas[:, 0])),
-        "low": float(least), "high": float(most), "p": float(sign_test(deltas[:, 0])),
+        "low": least if S >= MIN_SEEDS else None, "high": most if S >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
         "gain": [float(share), float(share_low), float(share_high)],
         "jumped": learned.sum(axis=0).tolist(), "p_jumped": float(mcnemar(learned[:, 0], learned[:, 1])),
         "controls": runs.controls, "log": log_numbers(recipe) if recipe.log else None,

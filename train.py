@@ -49,9 +49,10 @@ from tokenizer import Tokenizer
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-# the files whose code decides a run's numbers
-CODE = ("model.py", "wkv.py", "kernel_loader.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
-        "rounds.py", "train.py", "eval.py")
+# a hash of all files whose code decides a run's numbers
+DECISIVE = ("model.py", "wkv.py", "kernel_loader.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
+            "rounds.py", "train.py", "eval.py")
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DECISIVE)).hexdigest()[:16]
 
 
 # ---- what was asked ----------------------------------------------------------------------------------------
@@ -159,14 +160,11 @@ class Job:
 
     def surroundings(self) -> dict:
         """What a run should not depend on, but for its last bits."""
-        code = hashlib.sha256()
-        for name in CODE:
-            code.update(Path(__file__).with_name(name).read_bytes())
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         machine = {"device": gpu or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(),
                    "threads": torch.get_num_threads(), "torch": torch.__version__,
                    "python": platform.python_version()}
-        return {"code": code.hexdigest()[:16], "machine": machine}
+        return {"code": CODE, "machine": machine}
 
 
 def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) -> tuple[RWKV7, str]:
@@ -562,31 +560,32 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     materials, failed = {}, False
     progress = Progress(0, "left in all")
     for number, (name, seed) in enumerate(jobs):
-        if name not in materials:    # decided once a round: no seed of it may get another answer
-            reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
+        if name not in materials:    # once a round: no seed of it may get another answer than its others
             materials[name] = None
+            reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
             if not reason:
+                announce(real[name], real[name], "", arms, args)
                 try:
                     materials[name] = real_material(real[name], args)
                 except FileNotFoundError as error:
                     if args.real or args.base is not None:
                         raise
                     missing = [line.partition(";")[0] for line in str(error).splitlines()]
-                    reason = "the real data or base cannot be had:\n    " + "\n    ".join(missing)
-            announce(small[name] if reason else real[name], real[name], reason, arms, args)
+                    reason = "\n    ".join(["the real data or base cannot be had:", *missing])
+            if reason:
+                announce(small[name], real[name], reason, arms, args)
         made_up = materials[name] is None
-        recipe = small[name] if made_up else real[name]
+        progress.total = progress.done
+        for later, its_seed in jobs[number:]:
+            progress.total += work_of((small if made_up else real)[later], arms)
+            if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
+                progress.total += standin.base_work(small[later])
         # to the small arrays of the stand-in a second thread is worth little, and on a busy machine it makes a
         # step ten times slower
         torch.set_num_threads(1 if made_up else threads)
-        progress.total = progress.done
-        for later, its_seed in jobs[number:]:
-            progress.total += work_of(small[later] if made_up else real[later], arms)
-            if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
-                progress.total += standin.base_work(small[later])
         try:
-            run_seed(recipe, (miniatures if made_up else published)[name], seed, materials[name], args, progress,
-                     interrupt)
+            run_seed((small if made_up else real)[name], (miniatures if made_up else published)[name], seed,
+                     materials[name], args, progress, interrupt)
         except (ValueError, OSError) as error:
             complain(error)
             failed = True
