@@ -359,7 +359,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path):
     undefined arithmetic."""
     program = tmp_path / "sanitized"
     command = compile_command(
-        program, 32, True, flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+        program, 32, True, flags=("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     )
     with open(tmp_path / "sanitized.cpp", "a") as wrapper:
         wrapper.write(SANITIZED_MAIN)
