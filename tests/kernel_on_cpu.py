@@ -130,7 +130,7 @@ class Driver:
 
     def __init__(self):
         self.functions = []  # (kernel, name); a handle is the number in the list, from 1
-        self.launched = []  # names
+        self.launched, self.grids = [], set()  # names; names with the blocks that share a head
         self.context = None
         self.spoil = lambda name, addresses: addresses  # what a fault does to a kernel's arguments
 
@@ -162,6 +162,8 @@ class Driver:
     def cuLaunchKernel(self, function, x, y, z, threads, _, __, shared, stream, addresses, extra):
         kernel, name = self.functions[function.value - 1]
         self.launched.append(name)
+        self.grids.add((name, z))
         if self.context != 77:
             return 201  # CUDA_ERROR_INVALID_CONTEXT
+        self.context = None  # the next launch may come from another thread
         return kernel.start(name, (x, y, z), threads, shared, self.spoil(name, addresses))

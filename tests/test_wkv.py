@@ -4,8 +4,8 @@ Shapes: B batch, T tokens, H heads, N head size.
 """
 
 import contextlib
+import ctypes
 import math
-import re
 import shutil
 import types
 
@@ -72,7 +72,9 @@ def assert_close(values, references, tolerance):
     seed=st.integers(0, 999), kind=st.sampled_from(KINDS), with_state=st.booleans(), short_spans=st.booleans()
 )  # fmt: skip
 def test_chunked_is_the_recurrence(B, T, H, N, seed, kind, with_state, short_spans):
-    """A slip in the algebra of chunks, in cutting T into spans, in a gradient; a loss of digits in fp32."""
+    """A slip in the algebra of chunks, in cutting T into spans, in a gradient; rows or heads mixed up; a loss
+    of digits in fp32.
+    """
     tensors = make(B, T, H, N, seed, kind)[: 7 if with_state else 6]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "CPU_SPAN", 1 if short_spans else operator.CPU_SPAN)
@@ -86,13 +88,6 @@ def test_long_sequences_stay_accurate_in_fp32(kind):
     """Errors that add up from chunk to chunk, or an inverse that loses its digits where keys repeat."""
     tensors = [x.float() for x in make(1, 600, 1, 64, kind=kind)]
     assert_close(run(wkv_chunked, tensors), run(wkv_reference, tensors, torch.float64), 1e-5)
-
-
-@pytest.mark.parametrize("T", (1, 2, 3, 4, 17, 33))
-def test_wkv_gives_the_same_by_either_form(T):
-    """Single steps, chunks and a last chunk of one token that do not fit together."""
-    tensors = make(2, T, 2, 16)
-    assert_close(run(wkv, tensors), run(wkv_reference, tensors), 1e-12)
 
 
 def test_reference_against_numbers_by_hand():
@@ -160,34 +155,6 @@ def test_padding_leaves_the_state_alone(T):
 
     tensors = (r, log_w, k, v, a, b, state)
     assert_close(run(padded, tensors), run(wkv, tensors), 2e-6)
-
-
-def test_rows_do_not_depend_on_each_other():
-    """Rows or heads mixed up in the reshapes. To rounding: a product of another size may round otherwise."""
-    tensors = [x.float() for x in make(3, 70, 2, 16)]
-    together = run(wkv_chunked, tensors)
-    # the weights of the sum differ, so gradients are compared through the outputs' own squares
-    y, state = together[:2]
-    for row in range(3):
-        y_alone, state_alone = wkv_chunked(*(x[row : row + 1] for x in tensors))
-        assert_close((y[row], state[row]), (y_alone[0], state_alone[0]), 2e-6)
-
-    def gradients(tensors):
-        tensors = [x.detach().requires_grad_() for x in tensors]
-        y, state = wkv_chunked(*tensors)
-        return torch.autograd.grad(y.square().sum() + state.square().sum(), tensors)
-
-    whole = gradients(tensors)
-    for row in range(3):
-        for together, alone in zip(whole, gradients([x[row : row + 1] for x in tensors])):
-            assert relative_error(together[row], alone[0]) <= 5e-6
-
-
-def test_gradcheck():
-    """A gradient that agrees with the reference's only because both share a mistake."""
-    tensors = [x.requires_grad_() for x in make(1, 18, 1, 4)]
-    assert torch.autograd.gradcheck(wkv_chunked, tensors, fast_mode=True)
-    assert torch.autograd.gradcheck(wkv_reference, tensors, fast_mode=True)
 
 
 def test_under_activation_checkpointing_and_autocast():
@@ -307,11 +274,12 @@ def test_kernels_through_the_driver_give_the_recurrence(gpu, processors):
     """Catches arguments in a wrong order, a wrong grid, buffers too small, gradients in wrong places."""
     gpu.properties.multi_processor_count = processors
     load()
-    for B, T, H in ((1, 1, 1), (2, 37, 2), (1, 150, 1)):
+    for B, T, H in ((1, 1, 1), (2, 37, 2), (1, 150, 1), (1, 150, 3)):
         tensors = rounded(make(B, T, H, 32))
         gpu.driver.launched.clear()
         assert_close(run(on_gpu, tensors), run(wkv_reference, tensors, torch.float64), 1.5e-2)
-        chain = ["wkv_backward_chain"] if T == 150 else []  # of 10 chunks first the chain, then segments
+        # several segments, and so the chain, where tokens are many and heads few
+        chain = ["wkv_backward_chain"] if T == 150 and H <= 2 * processors else []
         assert gpu.driver.launched == ["wkv_forward", *chain, "wkv_backward"]
 
 
@@ -354,13 +322,21 @@ def test_kernels_take_strided_and_misaligned_tensors(gpu):
 
 
 def test_gradients_of_y_or_the_state_alone(gpu):
-    """Catches a missing gradient taken for a tensor, or for garbage."""
+    """Catches a missing gradient taken for a tensor, or for garbage; zeros as large as the state made for it."""
     tensors = [x.requires_grad_() for x in rounded(make(1, 40, 2, 32))]
     y, final = on_gpu(*tensors)
+    pointers = []  # to dstate, the backward's argument 11
+
+    def note(name, addresses):
+        pointers.append(ctypes.c_void_p.from_address(addresses[11]).value)
+        return addresses
+
+    gpu.driver.spoil = note
     for output, zero in ((y, final), (final, y)):
         alone = torch.autograd.grad(output.sum(), tensors, retain_graph=True)
         both = torch.autograd.grad(output.sum() + 0 * zero.sum(), tensors, retain_graph=True)
         assert all(torch.equal(x, z) for x, z in zip(alone, both))
+    assert pointers[0] is None and all(pointers[1:])
 
 
 # ---- the check at first use, and doing without kernels -----------------------------------------------------
@@ -371,9 +347,10 @@ def test_a_right_kernel_passes_wherever_its_first_use_falls(gpu, capsys):
     moves the user's random numbers, that runs more than once, or that misses a kernel.
     """
     tensors = rounded(make(1, 20, 2, 32))
+    assert load()
+    assert {*gpu.driver.launched} == {*loader.ENTRY_POINTS}
+    assert gpu.driver.grids >= {(name, z) for name in ("wkv_forward", "wkv_backward") for z in (1, 2)}
     expected = run(on_gpu, tensors)
-    launched = set(gpu.driver.launched)
-    assert launched == set(loader.ENTRY_POINTS)
     seen = torch.get_rng_state()
     for around in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
         loader.loaded.clear()
@@ -390,47 +367,34 @@ def test_a_right_kernel_passes_wherever_its_first_use_falls(gpu, capsys):
     assert capsys.readouterr().err == ""
 
 
-def swap(driver, kernel, i, j):
-    """Two pointers exchanged on the way to a kernel."""
-
-    def spoil(name, addresses):
-        order = list(addresses)
-        if name == kernel:
-            order[i], order[j] = order[j], order[i]
-        return type(addresses)(*order)
-
-    driver.spoil = spoil
+SWAPS = [  # of two of a kernel's arguments, by position
+    ("wkv_forward", 4, 7), ("wkv_backward_chain", 5, 6), ("wkv_backward", 17, 18), ("wkv_token_forward", 2, 5)
+]  # fmt: skip
 
 
-def add_nan(patch):
-    """One number of y is NaN."""
-    right = loader.run
-
-    def wrong(*arguments, **options):
-        y, final = right(*arguments, **options)
-        return y + torch.zeros_like(y).index_fill(1, torch.tensor([3]), math.nan), final
-
-    patch.setattr(loader, "run", wrong)
-
-
-FAULTS = {
-    "forward reads k for b": lambda gpu, patch: swap(gpu.driver, "wkv_forward", 4, 7),
-    "chain reads a for b": lambda gpu, patch: swap(gpu.driver, "wkv_backward_chain", 5, 6),
-    "backward writes da to db": lambda gpu, patch: swap(gpu.driver, "wkv_backward", 17, 18),
-    "token kernel reads r for v": lambda gpu, patch: swap(gpu.driver, "wkv_token_forward", 2, 5),
-    "NaN": lambda gpu, patch: add_nan(patch),
-}
-
-
-@pytest.mark.parametrize("fault", [*FAULTS, *barrier_lines()[::4]])
+@pytest.mark.parametrize("fault", [*SWAPS, "NaN", *barrier_lines()[::4]])
 def test_a_wrong_kernel_never_runs(gpu, fault, monkeypatch, capsys):
     """Catches a check that lets a wrong kernel pass, or that speaks up more than once. A number is the line
     of a wait that is left out, which some order of warps shows.
     """
-    if fault in FAULTS:
-        FAULTS[fault](gpu, monkeypatch)
-    else:
+
+    def spoil(name, addresses):
+        order = list(addresses)
+        if name == fault[0]:
+            _, i, j = fault
+            order[i], order[j] = order[j], order[i]
+        return type(addresses)(*order)
+
+    def one_nan(*arguments, right=loader.run, **options):
+        y, final = right(*arguments, **options)
+        return y + torch.zeros_like(y).index_fill(1, torch.tensor([3]), math.nan), final
+
+    if fault == "NaN":
+        monkeypatch.setattr(loader, "run", one_nan)
+    elif isinstance(fault, int):
         gpu.kernel.drop = fault
+    else:
+        gpu.driver.spoil = spoil
     for gpu.kernel.seed in range(12):
         loader.loaded.clear()
         capsys.readouterr()
@@ -438,9 +402,7 @@ def test_a_wrong_kernel_never_runs(gpu, fault, monkeypatch, capsys):
             break
     gpu.driver.launched.clear()
     assert load() is None and not gpu.driver.launched
-    notice = capsys.readouterr().err.splitlines()
-    notice = [line for line in notice if not line.startswith("cuda_on_cpu")]
-    assert len(notice) == 1 and re.match("wkv: no CUDA kernel, the slower PyTorch form runs: ", notice[0])
+    assert capsys.readouterr().err.count("wkv: no CUDA kernel, the slower PyTorch form runs: ") == 1
     monkeypatch.setattr(operator, "_kernels_for", lambda v: load())
     tensors = make(1, 20, 2, 32)
     assert_close(run(wkv, tensors), run(wkv_reference, tensors), 1e-10)

@@ -85,14 +85,7 @@ def draw_problem(seed, N, T, H=None, decay="usual", keys="random", state=1.0, B=
     if keys == "overwritten":
         gate = torch.ones_like(gate)
         k = direction
-    inputs = [
-        exact(r),
-        log_w.float().double(),
-        exact(k),
-        exact(v),
-        -exact(direction),
-        exact(direction * gate),
-    ]
+    inputs = [exact(r), log_w.float().double(), exact(k), exact(v), -exact(direction), exact(direction * gate)]
     s0 = (state * normal(B, H, N, N)).float().double()
     return inputs, s0, exact(normal(B, T, H, N)), (state * normal(B, H, N, N)).float().double()
 
@@ -104,15 +97,15 @@ def check(results, expected, tolerance, what):
         assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
-problems = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 2**31),
-        "T": st.integers(1, 52),
-        "decay": st.sampled_from(["usual", "floor", "none", "slow", "mixed", "strong"]),
-        "keys": st.sampled_from(["random", "repeated"]),
-        "state": st.sampled_from([0.0, 1.0, 1e4]),
-    }
-)
+problems = st.fixed_dictionaries({
+    "seed": st.integers(0, 2**31),
+    "T": st.integers(1, 52),
+    "decay": st.sampled_from(["usual", "floor", "none", "slow", "mixed", "strong"]),
+    "keys": st.sampled_from(["random", "repeated"]),
+    "state": st.sampled_from([0.0, 1.0, 1e4]),
+})
+schedules = st.integers(0, 2**31)
+segments = st.sampled_from([None, 1, 2])
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------
@@ -121,18 +114,14 @@ problems = st.fixed_dictionaries(
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 64])
 @settings(deadline=None, max_examples=15, derandomize=True)
-@given(problem=problems, schedule=st.integers(0, 2**31))
+@given(problem=problems, schedule=schedules)
 def test_token_kernel_is_the_recurrence(kernels, N, problem, schedule):
     """Catches any wrong term, in fp32 where nothing hides: this is the kernel one reads first and trusts."""
     kernel = kernels(N, bf16=False)
     kernel.seed = schedule
     inputs, s0, _, _ = draw_problem(N=N, bf16=False, **problem)
-    check(
-        kernel.token_forward(*(i.float() for i in inputs), s0.float()),
-        recurrence(*inputs, s0),
-        1e-5,
-        ("y", "sT"),
-    )
+    ours = kernel.token_forward(*(i.float() for i in inputs), s0.float())
+    check(ours, recurrence(*inputs, s0), 1e-5, ("y", "sT"))
 
 
 def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
@@ -155,12 +144,7 @@ def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
 
 @needs_compiler
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(
-    problem=problems,
-    schedule=st.integers(0, 2**31),
-    segment=st.sampled_from([None, 1, 2]),
-    split=st.sampled_from([1, 2, 4]),
-)
+@given(problem=problems, schedule=schedules, segment=segments, split=st.sampled_from([1, 2, 4]))
 def test_chunked_kernels_agree_with_the_recurrence(kernels, problem, schedule, segment, split):
     """Catches a wrong equation, index or tail in the tensor-core kernels at the tuned head size, under any
     schedule."""
@@ -170,12 +154,7 @@ def test_chunked_kernels_agree_with_the_recurrence(kernels, problem, schedule, s
 @needs_compiler
 @pytest.mark.parametrize("N, bf16", [(16, True), (32, True), (128, True), (64, False)])
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(
-    problem=problems,
-    schedule=st.integers(0, 2**31),
-    segment=st.sampled_from([None, 1, 2]),
-    split=st.booleans(),
-)
+@given(problem=problems, schedule=schedules, segment=segments, split=st.booleans())
 def test_other_head_sizes_and_fp32_inputs(kernels, N, bf16, problem, schedule, segment, split):
     """Catches whatever silently assumes N = 64 or two-byte inputs: strides, warps without work, copies of 16
     bytes."""
@@ -209,10 +188,8 @@ def test_null_means_zero_and_inference_keeps_nothing(kernels):
     for result, wanted in zip(kernel.forward(*x, None, keep=False), (y, sT)):
         assert torch.equal(result, wanted)
     for segment in (None, 1):
-        for result, wanted in zip(
-            kernel.backward(*x, kept, dy, None, segment), kernel.backward(*x, kept, dy, zero, segment)
-        ):
-            assert torch.equal(result, wanted)
+        both = (kernel.backward(*x, kept, dy, last, segment) for last in (None, zero))
+        assert all(torch.equal(result, wanted) for result, wanted in zip(*both))
     for result, wanted in zip(kernel.token_forward(*x, None), kernel.token_forward(*x, zero)):
         assert torch.equal(result, wanted)
 
@@ -252,18 +229,15 @@ def everything(kernel, x, s0, dy, dsT):
 
 @needs_compiler
 @settings(deadline=None, max_examples=10)
-@given(
-    seed=st.integers(0, 2**31), schedules=st.lists(st.integers(0, 2**31), min_size=2, max_size=3, unique=True)
-)
-def test_the_same_bits_under_every_schedule(kernels, seed, schedules):
+@given(seed=st.integers(0, 2**31), drawn=st.lists(schedules, min_size=2, max_size=3, unique=True))
+def test_the_same_bits_under_every_schedule(kernels, seed, drawn):
     """Catches a race that moves results by a rounding only, and any sum whose order depends on who comes
     first."""
     kernel = kernels(64)
     inputs, s0, dy, dsT = draw_problem(seed=seed, N=64, T=70, H=1)
     x = [i.float() for i in inputs]
     runs = []
-    for schedule in schedules:
-        kernel.seed = schedule
+    for kernel.seed in drawn:
         runs.append(everything(kernel, x, s0.float(), dy, dsT.float()))
     for run in runs[1:]:
         for result, wanted in zip(run, runs[0]):
@@ -303,9 +277,7 @@ def test_every_barrier_is_needed_and_missed(kernels, line):
             return
         if any(not relative_error(result, wanted) <= 1e-6 for result, wanted in zip(wrong, right)):
             return
-    pytest.fail(
-        f"no schedule noticed that line {line} of wkv_kernel.cu was left out"
-    )
+    pytest.fail(f"no schedule noticed that line {line} of wkv_kernel.cu was left out")
 
 
 # ---- right use of memory -----------------------------------------------------------------------------------
@@ -358,18 +330,16 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path):
     """Catches reads and writes outside an array or the block's shared memory, misaligned vectors, and
     undefined arithmetic."""
     program = tmp_path / "sanitized"
-    command = compile_command(
-        program, 32, True, flags=("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    )
+    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    command = compile_command(program, 32, True, flags)
     with open(tmp_path / "sanitized.cpp", "a") as wrapper:
         wrapper.write(SANITIZED_MAIN)
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr and "asan" in built.stderr:
         pytest.skip("this g++ comes without sanitizer libraries")
     assert built.returncode == 0, built.stderr
-    ran = subprocess.run(
-        [str(program)], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"}
-    )
+    quiet = {"ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([str(program)], capture_output=True, text=True, env=quiet)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
@@ -443,16 +413,10 @@ def test_what_the_loader_compiles(architecture):
     check_resources(log, architecture)
     for kernel, limit in {"wkv_forward": 3, "wkv_backward_chain": 3, "wkv_backward": 5}.items():
         body = ptx.split(f".entry {kernel}(")[1].split(".entry ")[0]
-        labels = {
-            label: position.start()
-            for position in re.finditer(r"^(\$L\w+):", body, re.M)
-            for label in [position[1]]
-        }
-        loops = [
-            body[labels[jump[1]] : jump.start()]
-            for jump in re.finditer(r"bra(?:\.uni)?\s+(\$L\w+);", body)
-            if labels.get(jump[1], len(body)) < jump.start()
-        ]
+        labels = {label[1]: label.start() for label in re.finditer(r"^(\$L\w+):", body, re.M)}
+        jumps = [(labels.get(jump[1], len(body)), jump.start())
+                 for jump in re.finditer(r"bra(?:\.uni)?\s+(\$L\w+);", body)]
+        loops = [body[start:end] for start, end in jumps if start < end]
         assert 1 <= max(len(re.findall(r"bar(?:rier)?\.sync", loop)) for loop in loops) <= limit
 
 
