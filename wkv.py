@@ -164,9 +164,8 @@ def _spans(x: Tensor) -> list[tuple[int, int, int]]:
     L = 32 if N > 32 else 10  # the fastest on a CPU
     G = max(1, (GPU_SPAN if x.is_cuda else CPU_SPAN) // (B * H * L * N))
     spans = [(first * L, min(G, T // L - first), L) for first in range(0, T // L, G)]
-    if T % L:
-        spans.append((T - T % L, 1, T % L))
-    return spans
+    rest = [(T - T % L, 1, T % L)] if T % L else []
+    return spans + rest
 
 
 def _split(span, dtype: torch.dtype, *tensors: Tensor) -> Tensor:

@@ -54,9 +54,7 @@ loaded: dict[tuple, Kernels | None] = {}
 
 
 def load(device: torch.device, N: int, bf16: bool, reference) -> Kernels | None:
-    """The kernels for such inputs, where they agree with `reference`, the recurrence in PyTorch; else None.
-    The first time that also puts a notice on stderr.
-    """
+    """The kernels for such inputs, or None without any that agree with `reference`, the recurrence."""
     key = device, N, bf16
     if key in loaded:
         return loaded[key]
@@ -75,14 +73,12 @@ def load(device: torch.device, N: int, bf16: bool, reference) -> Kernels | None:
 
 
 def _check(kernels: Kernels, device: torch.device, N: int, reference) -> None:
-    """Raises OSError where the kernels are not the recurrence, on two problems that take every path: first
-    few heads, their rows split over blocks and their tokens over two segments, then many heads.
-    """
+    """Raises OSError unless the kernels give the recurrence on two problems, which take every path."""
     rng = torch.Generator("cpu").manual_seed(0)  # its own: nobody else's random numbers move
+    # few heads: their rows are split over blocks, their tokens over two segments; many heads: neither is
     for H, T in ((2, 85), (2 * kernels.processors, 19)):
-        drawn = torch.randn(7, 1, T, H, N, generator=rng, device="cpu").to(device, kernels.dtype)
-        r, w, k, v, removal, gate, dy = drawn
-        state, dstate = torch.randn(2, 1, H, N, N, generator=rng, device="cpu").to(device)
+        r, w, k, v, removal, gate, dy = torch.randn(7, 1, T, H, N, generator=rng).to(device, kernels.dtype)
+        state, dstate = torch.randn(2, 1, H, N, N, generator=rng).to(device)
         removal = F.normalize(removal, dim=-1)
         log_w = -0.6 * (4 * w.float() - 4).sigmoid()  # slow decays: what comes from afar shows
         problem = (r, log_w, k, v, -removal, removal * gate.sigmoid(), state)
@@ -96,8 +92,7 @@ def _check(kernels: Kernels, device: torch.device, N: int, reference) -> None:
             errors = [(x.double() - truth).norm() / truth.norm() for x, truth in zip(results, exact)]
             worst = torch.stack(errors).max().item()
             if not worst <= tolerance:  # a NaN is wrong too
-                raise OSError(f"IT COMPUTES WRONG NUMBERS at head size {N}, relative error {worst:.1e} where "
-                              f"{tolerance:.0e} is allowed; please report this, with the GPU's name")
+                raise OSError(f"ITS NUMBERS ARE WRONG, by {worst:.1e} at head size {N}; please report this")
 
 
 def _outputs(function, inputs, weights) -> tuple[Tensor, ...]:

@@ -322,7 +322,7 @@ def test_kernels_take_strided_and_misaligned_tensors(gpu):
 
 
 def test_gradients_of_y_or_the_state_alone(gpu):
-    """Catches a missing gradient taken for a tensor, or for garbage; zeros as large as the state made for it."""
+    """Catches a missing gradient taken for a tensor, or for garbage; zeros made in the place of dstate."""
     tensors = [x.requires_grad_() for x in rounded(make(1, 40, 2, 32))]
     y, final = on_gpu(*tensors)
     pointers = []  # to dstate, the backward's argument 11
@@ -352,7 +352,8 @@ def test_a_right_kernel_passes_wherever_its_first_use_falls(gpu, capsys):
     assert gpu.driver.grids >= {(name, z) for name in ("wkv_forward", "wkv_backward") for z in (1, 2)}
     expected = run(on_gpu, tensors)
     seen = torch.get_rng_state()
-    for around in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+    device, autocast = torch.device("meta"), torch.autocast("cpu", torch.bfloat16)
+    for around in (torch.inference_mode(), torch.no_grad(), autocast, device):
         loader.loaded.clear()
         with around:
             assert load()

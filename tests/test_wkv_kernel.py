@@ -85,7 +85,8 @@ def draw_problem(seed, N, T, H=None, decay="usual", keys="random", state=1.0, B=
     if keys == "overwritten":
         gate = torch.ones_like(gate)
         k = direction
-    inputs = [exact(r), log_w.float().double(), exact(k), exact(v), -exact(direction), exact(direction * gate)]
+    written = exact(direction * gate)
+    inputs = [exact(r), log_w.float().double(), exact(k), exact(v), -exact(direction), written]
     s0 = (state * normal(B, H, N, N)).float().double()
     return inputs, s0, exact(normal(B, T, H, N)), (state * normal(B, H, N, N)).float().double()
 
