@@ -11,7 +11,7 @@ Four functions, all (r, log_w, k, v, a, b, state=None) -> (y, final state):
 
     wkv_reference   these lines, one token at a time: what the others are tested against
     wkv_chunked     the same in matrix products over chunks of tokens, in plain PyTorch, with its own backward
-    wkv_cuda        wkv_kernel.cu on an Nvidia GPU, compiled at first use
+    wkv_cuda        wkv_kernel.cu on an Nvidia GPU, compiled and checked at first use
     wkv             the fastest of them for the inputs at hand
 
 r, log_w, k, v, a, b are (B, T, H, N). log_w is in (-0.6066, 0], as RWKV-7 makes it (-exp(-0.5) sigmoid): that
@@ -24,13 +24,12 @@ Reference: Peng et al. 2025, "RWKV-7 Goose" (arXiv:2503.14456). The chunked form
 Shapes: B batch, T tokens, H heads, N head size, L tokens a chunk, G chunks a span; BH = B * H, GBH = G * BH.
 """
 
-import functools
-import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernel_loader import HEAD_SIZES, Kernels, launch, load
+from wkv_cuda import HEAD_SIZES, MAX_B, Kernels, load, run
 
 SHORT = 3  # tokens, up to which single steps are faster than a chunk
 CPU_SPAN, GPU_SPAN = 2**17, 2**23  # numbers in an array of a span; on a CPU they should stay in the cache
@@ -38,10 +37,8 @@ CPU_SPAN, GPU_SPAN = 2**17, 2**23  # numbers in an array of a span; on a CPU the
 
 def wkv(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The operator in its fastest form for these inputs. Shapes, dtypes and errors as in wkv_reference."""
-    if v.is_cuda and v.dtype != torch.float64:
-        if _kernel_for(v.device.index, v.shape[-1], v.dtype == torch.bfloat16):
-            return wkv_cuda(r, log_w, k, v, a, b, state)
-    return wkv_chunked(r, log_w, k, v, a, b, state)
+    form = wkv_cuda if _kernels_for(v) else wkv_chunked
+    return form(r, log_w, k, v, a, b, state)
 
 
 def wkv_reference(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
@@ -75,8 +72,8 @@ def _checked(r, log_w, k, v, a, b, state) -> tuple[tuple[Tensor, ...], Tensor]:
     for name, x in zip(("r", "log_w", "k", "v", "a", "b", "state"), (*inputs, state)):
         shape = (B, H, N, N) if name == "state" else tuple(v.shape)
         if x.shape != shape or x.device != v.device or not x.is_floating_point():
-            found = f"{tuple(x.shape)}, {x.dtype}, on {x.device}"
-            raise ValueError(f"wkv: {name} must be {shape}, float, on {v.device}, but is {found}")
+            raise ValueError(f"wkv: {name} must be {shape}, float, on {v.device}, but is {tuple(x.shape)}, "
+                             f"{x.dtype}, on {x.device}")
     return inputs, state.to(dtype)
 
 
@@ -107,7 +104,7 @@ def _checked(r, log_w, k, v, a, b, state) -> tuple[tuple[Tensor, ...], Tensor]:
 def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence in matrix products, for any T and N. Shapes, dtypes and errors as in wkv_reference.
 
-    For its backward it keeps the inputs and a state a chunk. It cannot be differentiated twice.
+    For its backward it keeps about 13 N numbers a token and head. It cannot be differentiated twice.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
     if v.shape[1] <= SHORT:
@@ -115,50 +112,60 @@ def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     return _Chunked.apply(state, *inputs)
 
 
+class Chunks(NamedTuple):
+    """What the forward makes of a span, and the backward needs."""
+
+    P: Tensor  # (GBH, L, N)
+    queries: Tensor  # (GBH, 2L, N), as are keys and values
+    keys: Tensor
+    values: Tensor
+    scores: Tensor  # (GBH, 2L, 2L)
+    M: Tensor  # (GBH, L, L)
+    M_a: Tensor  # M queries_a, (GBH, L, N)
+    states: Tensor  # before each chunk and after the last, transposed: (GBH + BH, N, N)
+
+
 class _Chunked(torch.autograd.Function):
     """Span after span, the state handed on; backward from the last span, the state's gradient handed back."""
 
     @staticmethod
     def forward(ctx, state, *inputs):
-        (B, T, H, N), v = inputs[0].shape, inputs[3]
-        S = state.mT.reshape(B * H, N, N)
-        y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        kept = []
+        v, S, kept = inputs[3], state.mT.flatten(0, 1), []
+        y = v.new_empty(v.shape)
         with torch.autocast(v.device.type, enabled=False):
             for span in _spans(v):
-                y_span, states = _forward(inputs, span, S)
+                y_span, chunks = _forward(inputs, span, S)
                 _merge(y_span, y, span)
-                S = states[-B * H :]
-                if any(ctx.needs_input_grad):
-                    kept.append(states)
-        ctx.save_for_backward(*inputs, *kept)
-        return y, S.mT.reshape(B, H, N, N).contiguous()
+                S = chunks.states[-len(S) :]
+                kept += chunks if any(ctx.needs_input_grad) else ()
+        ctx.save_for_backward(*kept)
+        ctx.dtypes = [x.dtype for x in inputs]
+        return y, S.mT.reshape(state.shape).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstate):
-        saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-        inputs, kept = saved[:6], saved[6:]
-        B, T, H, N = dy.shape
-        dS = dstate.mT.reshape(B * H, N, N)
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        kept = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+        dS = dstate.mT.flatten(0, 1)
+        gradients = [dy.new_empty(dy.shape, dtype=dtype) for dtype in ctx.dtypes]
+        spans, fields = _spans(dy), len(Chunks._fields)
         with torch.autocast(dy.device.type, enabled=False):
-            for span, states in zip(reversed(_spans(dy)), reversed(kept)):
-                *parts, dS = _backward(inputs, span, states, dy, dS)
+            for i in reversed(range(len(spans))):
+                chunks = Chunks(*kept[i * fields : (i + 1) * fields])
+                *parts, dS = _backward(chunks, spans[i], dy, dS)
                 for part, gradient in zip(parts, gradients):
-                    _merge(part, gradient, span)
-        return dS.mT.reshape(B, H, N, N), *gradients
+                    _merge(part, gradient, spans[i])
+        return dS.mT.reshape(dstate.shape), *gradients
 
 
 def _spans(x: Tensor) -> list[tuple[int, int, int]]:
     """Cuts (B, T, H, N) into spans (first token, G, L), and at the end one shorter chunk of what is left."""
     B, T, H, N = x.shape
-    L = 32 if N > 32 else 16
+    L = 32 if N > 32 else 10  # the fastest on a CPU
     G = max(1, (GPU_SPAN if x.is_cuda else CPU_SPAN) // (B * H * L * N))
     spans = [(first * L, min(G, T // L - first), L) for first in range(0, T // L, G)]
-    if T % L:
-        spans.append((T - T % L, 1, T % L))
-    return spans
+    rest = [(T - T % L, 1, T % L)] if T % L else []
+    return spans + rest
 
 
 def _split(span, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
@@ -193,12 +200,10 @@ def _decay_(queries: Tensor, P: Tensor) -> Tensor:
     return queries
 
 
-def _matrices(inputs, span, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What needs no state: P (GBH, L, N), queries, keys (GBH, 2L, N), v (GBH, L, N), scores (GBH, 2L, 2L),
-    M (GBH, L, L), M queries_a (GBH, L, N) and u (GBH, L, N), as yet without what it reads from the state.
-    """
+def _forward(inputs, span, S: Tensor) -> tuple[Tensor, Chunks]:
+    """A span's y (GBH, L, N), and what its backward needs. S (BH, N, N) is the state before, transposed."""
     r, log_w, k, v, a, b = inputs
-    L = span[2]
+    (_, G, L), BH, dtype = span, len(S), S.dtype
     P = _split(span, dtype, log_w).cumsum(1).exp_()
     queries = _decay_(_split(span, dtype, a, r), P)
     keys = _split(span, dtype, b, k)
@@ -207,44 +212,39 @@ def _matrices(inputs, span, dtype: torch.dtype) -> tuple[Tensor, ...]:
     scores = _causal_(queries @ keys.mT)
     identity = torch.eye(L, dtype=dtype, device=P.device)
     M = torch.linalg.solve_triangular(identity - scores[:, :L, :L], identity, upper=False, unitriangular=True)
-    return P, queries, keys, v, scores, M, M @ queries[:, :L], M @ (scores[:, :L, L:] @ v)
-
-
-def _forward(inputs, span, S: Tensor) -> tuple[Tensor, Tensor]:
-    """A span's y (GBH, L, N), and the states (GBH + BH, N, N) before each chunk and after all, transposed."""
-    P, queries, keys, v, scores, _, M_a, u = _matrices(inputs, span, S.dtype)
-    BH, L = len(S), span[2]
+    M_a = M @ queries[:, :L]
+    u = M @ (scores[:, :L, L:] @ v)  # as yet without what it reads from the state
     states = S.new_empty(len(P) + BH, *S.shape[1:])
     states[:BH] = S
     torch.bmm(keys[:, L:].mT, v, out=states[BH:])  # as yet only what k writes
-    chunks = zip(*(x.split(BH) for x in (states[:-BH], states[BH:], P[:, -1, :, None], M_a, u, keys)))
-    for S, S_next, P_L, M_a_chunk, u_chunk, key in chunks:
-        u_chunk.baddbmm_(M_a_chunk, S)
-        S_next.add_(S).baddbmm_(key[:, :L].mT, u_chunk).mul_(P_L)
-    y = queries[:, L:] @ states[:-BH]
-    return y.baddbmm_(scores[:, L:], torch.cat((u, v), 1)), states
+    keys_b, P_L = keys[:, :L].mT, P[:, -1, :, None]
+    for g in range(G):
+        now, after = slice(g * BH, (g + 1) * BH), slice((g + 1) * BH, (g + 2) * BH)
+        u[now].baddbmm_(M_a[now], states[now])
+        states[after].add_(states[now]).baddbmm_(keys_b[now], u[now]).mul_(P_L[now])
+    values = torch.cat((u, v), 1)
+    y = (queries[:, L:] @ states[:-BH]).baddbmm_(scores[:, L:], values)
+    return y, Chunks(P, queries, keys, values, scores, M, M_a, states)
 
 
-def _backward(inputs, span, states: Tensor, dy: Tensor, dS: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of a span's r, log_w, k, v, a, b, (GBH, L, N) each, and of the state before it.
-
-    states are those of _forward, and dS (BH, N, N) is the gradient of the state after the span, transposed.
+def _backward(chunks: Chunks, span, dy: Tensor, dS: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a span's r, log_w, k, v, a, b, (GBH, L, N) each, and of the state before it: from that
+    of the whole y, (B, T, H, N), and that of the state after it, transposed, (BH, N, N).
     """
-    P, queries, keys, v, scores, M, M_a, u = _matrices(inputs, span, dS.dtype)
-    BH, L = len(dS), span[2]
-    values = torch.cat((u.baddbmm_(M_a, states[:-BH]), v), 1)
+    P, queries, keys, values, scores, M, M_a, states = chunks
+    (_, G, L), BH = span, len(dS)
     dy = _split(span, dS.dtype, dy)
     du = scores[:, L:, :L].mT @ dy  # as yet without what reaches u through later states
     dstates = torch.empty_like(states)
-    torch.bmm(queries[:, L:].mT, dy, out=dstates[:-BH])
+    torch.bmm(queries[:, L:].mT, dy, out=dstates[:-BH])  # as yet only what r reads
     dstates[-BH:] = dS
     dsums = torch.empty_like(states[BH:])  # of S_0^T + keys^T values
-    P_L = P[:, -1, :, None]
-    chunks = zip(*(x.split(BH) for x in (dstates[:-BH], dstates[BH:], dsums, P_L, M_a, du, keys)))
-    for dS, dS_next, dsum, P_L, M_a_chunk, du_chunk, key in reversed(list(chunks)):
-        torch.mul(P_L, dS_next, out=dsum)
-        du_chunk.baddbmm_(key[:, :L], dsum)
-        dS.add_(dsum).baddbmm_(M_a_chunk.mT, du_chunk)
+    keys_b, P_L = keys[:, :L], P[:, -1, :, None]
+    for g in reversed(range(G)):
+        now, after = slice(g * BH, (g + 1) * BH), slice((g + 1) * BH, (g + 2) * BH)
+        torch.mul(P_L[now], dstates[after], out=dsums[now])
+        du[now].baddbmm_(keys_b[now], dsums[now])
+        dstates[now].add_(dsums[now]).baddbmm_(M_a[now].mT, du[now])
     dreads = torch.cat((M.mT @ du, dy), 1)  # of scores values + queries S_0^T
     dscores = _causal_(dreads @ values.mT)
     dqueries = (dreads @ states[:-BH].mT).baddbmm_(dscores, keys)
@@ -264,9 +264,6 @@ def _backward(inputs, span, states: Tensor, dy: Tensor, dS: Tensor) -> tuple[Ten
 
 
 # ---- the CUDA kernels --------------------------------------------------------------------------------------
-#
-# wkv_kernel.cu begins with the entry points and their arguments; kernel_loader.py launches them. Two custom
-# operators show them to autograd and torch.compile, which learns their shapes from `_outputs`.
 
 
 def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
@@ -274,110 +271,20 @@ def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
 
     With v in bf16, all but log_w and the states is rounded to bf16 for the tensor cores (errors to 5e-3 in y,
     1e-2 in gradients, more where keys repeat); else all is fp32, by wkv_chunked if gradients are needed.
-    OSError without a kernel.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
-    if not v.is_cuda or v.dtype == torch.float64 or v.shape[-1] not in HEAD_SIZES:
-        found = f"{tuple(v.shape)}, {v.dtype}, on {v.device}"
-        raise ValueError(f"wkv_cuda: v must be on a GPU, not fp64, with N in {HEAD_SIZES}, but is {found}")
-    kernel = _kernel_for(v.device.index, v.shape[-1], v.dtype == torch.bfloat16)
-    if not kernel:
-        raise OSError("wkv_cuda: there is no kernel for this GPU; a notice on stderr said why")
-    return _by_kernel(kernel, *inputs, state)
+    kernels = _kernels_for(v)
+    if not kernels:
+        raise ValueError(f"wkv_cuda: v must be on a GPU, not fp64, N in {HEAD_SIZES}, B to {MAX_B}, but is "
+                         f"{tuple(v.shape)}, {v.dtype}, on {v.device}; or see the notice on stderr")
+    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    if differentiate and not kernels.chunked:
+        return wkv_chunked(*inputs, state)
+    return run(kernels, *inputs, state, differentiate)
 
 
-def _by_kernel(kernel: str, r, log_w, k, v, a, b, state) -> tuple[Tensor, Tensor]:
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (r, log_w, k, v, a, b, state))
-    if keep and kernel == "token":
-        return wkv_chunked(r, log_w, k, v, a, b, state)
-    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-    inputs = (r.to(dtype), log_w.float(), k.to(dtype), v.to(dtype), a.to(dtype), b.to(dtype))
-    y, final, _ = cuda_forward(*inputs, state, kernel == "chunked", keep)
-    return y.to(v.dtype), final
-
-
-def _forward_outputs(r, log_w, k, v, a, b, state, chunked, keep):
-    """Room for y, the final state, and the states every 16 tokens that a backward needs."""
-    B, T, H, N = r.shape
-    kept = r.new_empty((B, H, -(-T // 16), N, N) if keep else (0,), dtype=torch.bfloat16)
-    return r.new_empty(r.shape), state.new_empty(state.shape), kept
-
-
-@torch.library.custom_op("wkv7::forward", mutates_args=())
-def cuda_forward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-                 chunked: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _forward_outputs(r, log_w, k, v, a, b, state, chunked, keep)
-    arguments = (r, log_w, k, v, a, b, state, *outputs)
-    if chunked:
-        _launch_rows("wkv_forward", r, arguments)
-    else:
-        _launch("wkv_token_forward", r, 1, r.shape[-1], arguments[:-1])
-    return outputs
-
-
-def _backward_outputs(r, log_w, k, v, a, b, kept, dy, dstate):
-    return [x.new_empty(x.shape) for x in (r, log_w, k, v, a, b, dstate)]
-
-
-@torch.library.custom_op("wkv7::backward", mutates_args=())
-def cuda_backward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
-                  kept: Tensor, dy: Tensor, dstate: Tensor) -> list[Tensor]:  # fmt: skip
-    (B, T, H, N), inputs = r.shape, (r, log_w, k, v, a, b)
-    gradients = _backward_outputs(*inputs, kept, dy, dstate)
-    # where heads are few, a cheap chain carries dstate through first, and then all segments run at once
-    chunks, processors = -(-T // 16), _kernels_on(r).processors
-    segment = chunks if B * H >= 2 * processors else max(4, chunks * B * H // (4 * processors))
-    segments = -(-chunks // segment)
-    carry = dstate.new_empty((B, H, segments, N, N) if segments > 1 else (0,))
-    if segments > 1:
-        _launch_rows("wkv_backward_chain", r, (segment, r, log_w, a, b, dy, dstate, carry))
-    _launch("wkv_backward", r, segments, 2 * N, (segment, *inputs, kept, dy, dstate, carry, *gradients))
-    return gradients
-
-
-def _keep_for_backward(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs[:6], output[2])
-
-
-def _gradients(ctx, dy, dstate, _):
-    return *cuda_backward(*ctx.saved_tensors, dy, dstate), None, None
-
-
-cuda_forward.register_fake(_forward_outputs)
-cuda_backward.register_fake(_backward_outputs)
-cuda_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
-
-
-def _kernels_on(r: Tensor) -> Kernels:
-    return load(r.device.index, r.shape[-1], r.dtype == torch.bfloat16)
-
-
-def _launch(name: str, r: Tensor, blocks: int, threads: int, arguments) -> None:
-    B, T, H, _ = r.shape
-    launch(_kernels_on(r), name, r.device, (H, B, blocks), threads, (T, H, *arguments))
-
-
-def _launch_rows(name: str, r: Tensor, arguments) -> None:
-    """Launches one of the kernels that carry the state, its rows over several blocks where heads are few."""
-    B, _, H, N = r.shape
-    split = N // 16 if 2 * B * H < _kernels_on(r).processors else 1
-    _launch(name, r, split, 32 * (5 + N // 16 // split), arguments)
-
-
-@torch.compiler.assume_constant_result
-def _kernel_for(gpu: int, N: int, bf16: bool) -> str:
-    return _choose_kernel(gpu, N, bf16)
-
-
-@functools.cache
-def _choose_kernel(gpu: int, N: int, bf16: bool) -> str:
-    """The kernel for such inputs, "chunked" or "token", or "" where there is none, with a notice once."""
-    if N not in HEAD_SIZES:
-        return ""
-    try:
-        kernels = load(gpu, N, bf16)
-    except OSError as error:
-        print(f"wkv: no CUDA kernel, the slower PyTorch form runs: {error}", file=sys.stderr)
-        return ""
-    return "chunked" if bf16 and kernels.chunked_fit else "token"
+def _kernels_for(v: Tensor) -> Kernels | None:
+    """The kernels for inputs like v, compiled and checked when first asked for, or None without any."""
+    if not v.is_cuda or v.dtype == torch.float64 or v.shape[-1] not in HEAD_SIZES or v.shape[0] > MAX_B:
+        return None
+    return load(v.device, v.shape[-1], v.dtype == torch.bfloat16, wkv_reference)

@@ -1,20 +1,21 @@
 """Times the WKV-7 operator, ours beside others in one run.
 
     python tests/bench_wkv.py                    on one CPU thread: wkv_chunked beside the recurrence
-    python tests/bench_wkv.py --device cuda      on a GPU: wkv_cuda beside fla, if it is installed, and beside
-        [--wind PATH] [--rwkv-lm PATH]           clones of johanwind/wind_rwkv and BlinkDL/RWKV-LM
+    python tests/bench_wkv.py --device cuda      on a GPU: wkv_cuda beside fla (flash-linear-attention) and
+                                                 wind_rwkv (johanwind/wind_rwkv), where they are installed
 
 On the CPU every row comes from a process of its own: CPU milliseconds, the median of several runs, and the
 peak of its memory above what it held with the inputs made. "forward" keeps nothing for a backward.
 
 On a GPU all are first held against the recurrence in fp64. Times are medians between events, on inputs that
 rotate through more memory than the L2 cache holds; the floor is what has to be moved, at the rate of a large
-copy.
+copy, measured in the same run.
 
 Shapes: B batch, T tokens, H heads, N head size.
 """
 
 import argparse
+import inspect
 import json
 import math
 import resource
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wkv import wkv_chunked, wkv_cuda, wkv_reference  # noqa: E402
 
-CPU_SHAPES = ((1, 512, 12, 64), (8, 128, 12, 64), (1, 4096, 12, 64))
+CPU_SHAPES = ((32, 40, 3, 16), (1, 512, 12, 64), (8, 128, 12, 64), (1, 4096, 12, 64))
 GPU_SHAPES = ((8, 4096, 64, 64), (1, 4096, 12, 64), (8, 512, 12, 64), (1, 32768, 12, 64))
 GRADIENTS = ("dr", "dlog_w", "dk", "dv", "da", "db", "dstate")
 
@@ -45,8 +46,8 @@ def make(shape, device="cpu", dtype=torch.float32):
 
 
 def differentiate(function, tensors, weights):
-    """y, the final state where there is one, and the gradients of all inputs."""
-    outputs = [x for x in function(*tensors) if x is not None]
+    """y, the final state, and the gradients of all inputs."""
+    outputs = function(*tensors)
     weights = [weight.to(x.dtype) for weight, x in zip(weights, outputs)]
     return *outputs, *torch.autograd.grad(outputs, tensors, weights)
 
@@ -102,26 +103,28 @@ def bench_cpu():
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------
 #
-# a peer is a function, what turns our inputs into its own, and whether it takes a state. Each has its own
-# decay.
+# a peer is a function, and what turns our inputs into its own: each has its own decay and state.
 
 
 def ours():
-    return wkv_cuda, lambda *tensors: tensors, True
+    return wkv_cuda, lambda *tensors: tensors
 
 
 def flash_linear_attention():
     from fla.ops.rwkv7 import chunk_rwkv7
 
+    options = {"output_final_state": True}
+    if "lower_bound" in inspect.signature(chunk_rwkv7).parameters:  # newer ones are faster for it
+        options["lower_bound"] = -math.exp(-0.5)
+
     def run(r, log_w, k, v, a, b, state):
-        y, state = chunk_rwkv7(r, log_w, k, v, a, b, initial_state=state, output_final_state=True)
+        y, state = chunk_rwkv7(r, log_w, k, v, a, b, initial_state=state, **options)
         return y, state.mT
 
-    return run, lambda *tensors: (*tensors[:6], tensors[6].mT.contiguous()), True
+    return run, lambda *tensors: (*tensors[:6], tensors[6].mT.contiguous())
 
 
-def wind(path):
-    sys.path.insert(0, path)
+def wind_rwkv():
     from wind_rwkv.rwkv7 import attn_chunked_cuda, load_chunked_cuda
 
     load_chunked_cuda(64)
@@ -129,40 +132,7 @@ def wind(path):
     def prepare(r, log_w, k, v, a, b, state):
         return r, (-log_w).log().bfloat16(), k, v, a, b, state.bfloat16()
 
-    return attn_chunked_cuda, prepare, True
-
-
-def rwkv_lm(path):
-    from torch.utils.cpp_extension import load
-
-    folder = Path(path, "RWKV-v7", "train_temp", "cuda")
-    sources = [str(folder / "rwkv7_clampw_v3_for_h100.cu"), str(folder / "rwkv7_clampw_v3.cpp")]
-    flags = ["-D_N_=64", "-D_CHUNK_LEN_=16", "--use_fast_math", "-O3", "-Xptxas -O3"]
-    flags.append("--extra-device-vectorization")
-    load(name="rwkv7_clampw_v3", sources=sources, is_python_module=False, extra_cuda_cflags=flags)
-    operators = torch.ops.rwkv7_clampw_v3
-
-    class Operator(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            B, T, H, N = inputs[0].shape
-            y, u = torch.empty_like(inputs[0]), inputs[0].new_empty(B, T, H, N, dtype=torch.float32)
-            states = inputs[0].new_empty(B, H, T // 16, N, N, dtype=torch.float32)
-            operators.forward(*inputs, y, states, u)
-            ctx.save_for_backward(*inputs, states, u)
-            return y
-
-        @staticmethod
-        def backward(ctx, dy):
-            *inputs, states, u = ctx.saved_tensors
-            gradients = [torch.empty_like(x) for x in inputs]
-            operators.backward(*inputs, dy, states, u, *gradients)
-            return tuple(gradients)
-
-    def prepare(r, log_w, k, v, a, b, state):
-        return r, torch.logit(-math.exp(0.5) * log_w).bfloat16(), k, v, a, b
-
-    return lambda *inputs: (Operator.apply(*inputs), None), prepare, False
+    return attn_chunked_cuda, prepare
 
 
 def first_line(problem):
@@ -173,7 +143,7 @@ def error(value, reference):
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
-def check(name, function, prepare, with_state, dtype=torch.bfloat16):
+def check(name, function, prepare, dtype=torch.bfloat16):
     """Prints a peer's errors (relative L2) against the recurrence, and whether a rerun has the same bits.
 
     A peer that takes its decay or state in bf16 is charged with that rounding, which ours does not do.
@@ -181,23 +151,17 @@ def check(name, function, prepare, with_state, dtype=torch.bfloat16):
     tensors = make((2, 336, 3, 64), "cuda", dtype)
     weights = [torch.randn_like(tensors[0]), torch.randn_like(tensors[6])]
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    if not with_state:
-        exact[6] = torch.zeros_like(exact[6]).requires_grad_()
-        weights[1].zero_()
     reference = differentiate(wkv_reference, exact, weights)
     leaves = [x.detach().requires_grad_() for x in tensors]
     prepared = [x.detach().requires_grad_() for x in prepare(*tensors)]
     outputs = differentiate(function, prepared, weights)
     again = differentiate(function, prepared, weights)
     # gradients in our parameters: through the peer's own naming of the decay and layout of the state
-    renamed = [(x, g) for x, g in zip(prepare(*leaves), outputs[2 if with_state else 1 :])]
-    gradients = torch.autograd.grad([x for x, _ in renamed], leaves[: len(renamed)], [g for _, g in renamed])
-    errors = {"y": error(outputs[0], reference[0])}
-    if with_state:
-        errors["state"] = error(outputs[1], reference[1])
-    errors |= {n: error(g, e) for n, g, e in zip(GRADIENTS, gradients, reference[2:])}
+    gradients = torch.autograd.grad(prepare(*leaves), leaves, outputs[2:])
+    values = zip(("y", "state", *GRADIENTS), (*outputs[:2], *gradients), reference)
+    errors = "  ".join(f"{what} {error(value, exact):.1e}" for what, value, exact in values)
     same = "same" if all(torch.equal(x, z) for x, z in zip(outputs, again)) else "OTHER"
-    print(f"{name:>12}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()) + f"  {same} bits again")
+    print(f"{name:>12}: {errors}  {same} bits again")
 
 
 def milliseconds(run, sets, runs=30):
@@ -216,22 +180,20 @@ def milliseconds(run, sets, runs=30):
     return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
-def copy_rate():
-    """Bytes a millisecond that a copy of 1 GiB reads and writes."""
+def machine():
+    """Prints what the GPU is and reaches in this run, and returns the bytes that a copy moves in a ms."""
     buffers = [torch.randint(255, (2**30,), dtype=torch.uint8, device="cuda") for _ in range(2)]
-    return 2 * 2**30 / milliseconds(lambda _: buffers[1].copy_(buffers[0]), [None])
+    rate = 2 * 2**30 / milliseconds(lambda _: buffers[1].copy_(buffers[0]), [None])
+    factors = [torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    flops = 2 * 8192**3 / milliseconds(lambda _: factors[0] @ factors[1], [None])
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}: copies at "
+          f"{rate / 1e9:.2f} TB/s, bf16 products at {flops / 1e9:.0f} TFLOP/s")
+    return rate
 
 
-def bench_gpu(arguments):
-    properties = torch.cuda.get_device_properties(0)
-    rate, peers = copy_rate(), {}
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    print(f"{properties.name}, {versions}, copies at {rate / 1e9:.2f} TB/s")
-    candidates = {"ours": ours, "fla": flash_linear_attention}
-    if arguments.wind:
-        candidates["wind_rwkv"] = lambda: wind(arguments.wind)
-    if arguments.rwkv_lm:
-        candidates["RWKV-LM v3"] = lambda: rwkv_lm(arguments.rwkv_lm)
+def bench_gpu():
+    rate, peers = machine(), {}
+    candidates = {"ours": ours, "fla": flash_linear_attention, "wind_rwkv": wind_rwkv}
     for name, load in candidates.items():
         try:
             start = time.perf_counter()
@@ -251,8 +213,8 @@ def bench_gpu(arguments):
         # r, k, v, a, b, y in bf16 and log_w in fp32; then also dy, and the six gradients
         floors = [numbers * 16 / rate, (numbers * (16 + 16 + 14) + 2 * states) / rate]
         print(row.format(str(shape), "floor", f"{floors[0]:.3f}", "", f"{floors[1]:.3f}", ""))
-        count = 2 + 2 * properties.L2_cache_size // (16 * numbers)
-        for name, (function, prepare, _) in peers.items():
+        count = 2 + 2 * torch.cuda.get_device_properties(0).L2_cache_size // (16 * numbers)
+        for name, (function, prepare) in peers.items():
             sets = []
             for _ in range(count):
                 tensors = [x.detach().requires_grad_() for x in prepare(*make(shape, "cuda", torch.bfloat16))]
@@ -279,8 +241,6 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--wind", metavar="PATH", help="a clone of johanwind/wind_rwkv")
-    parser.add_argument("--rwkv-lm", metavar="PATH", help="a clone of BlinkDL/RWKV-LM")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)  # what the CPU's own processes run
     arguments = parser.parse_args()
     if arguments.one:
@@ -290,7 +250,7 @@ def main():
     elif not torch.cuda.is_available():
         sys.exit("error: --device cuda: torch finds no GPU here")
     else:
-        bench_gpu(arguments)
+        bench_gpu()
 
 
 if __name__ == "__main__":

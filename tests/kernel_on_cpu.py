@@ -1,19 +1,24 @@
 """
-Builds wkv_kernel.cu with g++ and calls its entry points on CPU tensors, as a loader would on a GPU.
+Builds wkv_kernel.cu with g++ and calls its entry points on CPU tensors, as wkv_cuda.py would on a GPU.
 
-    kernels = KernelOnCPU(directory, head_size=64, bf16=True)
-    y, sT, kept = kernels.forward(r, log_w, k, v, a, b, s0)
-    dr, dlog_w, dk, dv, da, db, ds0 = kernels.backward(r, log_w, k, v, a, b, kept, dy, dsT)
+    kernel = build(N=64, bf16=True)
+    y, sT, kept = kernel.forward(r, log_w, k, v, a, b, s0)
+    dr, dlog_w, dk, dv, da, db, ds0 = kernel.backward(r, log_w, k, v, a, b, kept, dy, dsT)
 
 Shapes: B batch, T tokens, H heads, N head size, C = ceil(T / 16) chunks. r, k, v, a, b, y and their gradients
 are (B, T, H, N) in bf16 or fp32; log_w and dlog_w (B, T, H, N) fp32; states (B, H, N, N) fp32 [value, key].
 """
 
 import ctypes
+import functools
 import math
+import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
@@ -21,44 +26,48 @@ SOURCE = TESTS.parent / "wkv_kernel.cu"
 KERNELS = ("wkv_token_forward", "wkv_forward", "wkv_backward_chain", "wkv_backward")
 CHUNK = 16
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to build the kernels")
 
-def compile_command(output, head_size, bf16, source=SOURCE, flags=("-O1", "-fPIC", "-shared"), extra=()):
+
+def compile_command(output, N, bf16, flags=("-O1", "-fPIC", "-shared")):
     """The g++ command, and beside `output` the C++ file it compiles: the header, the kernel, an export for
     each entry point."""
     wrapper = Path(output).with_suffix(".cpp")
     exports = "\n".join(f"CUDA_ON_CPU_EXPORT({name})" for name in KERNELS)
-    wrapper.write_text(f'#include "{source}"\n{exports}\n')
-    return [
-        "g++",
-        "-std=c++17",
-        "-fno-strict-aliasing",
-        "-Wno-unknown-pragmas",
-        f"-DHEAD_SIZE={head_size}",
-        f"-DINPUT_BF16={int(bf16)}",
-        "-include",
-        str(TESTS / "cuda_on_cpu.h"),
-        *flags,
-        str(wrapper),
-        *extra,
-        "-o",
-        str(output),
-    ]
+    wrapper.write_text(f'#include "{SOURCE}"\n{exports}\n')
+    macros = (f"-DHEAD_SIZE={N}", f"-DINPUT_BF16={int(bf16)}", "-include", str(TESTS / "cuda_on_cpu.h"))
+    options = ("-std=c++17", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
+    return ["g++", *options, *macros, *flags, str(wrapper), "-o", str(output)]
+
+
+def barrier_lines():
+    """Numbers of the lines of wkv_kernel.cu that make threads or copies wait, but for the definitions."""
+    waits = re.compile(r"^\s*(__syncthreads\(\)|__syncwarp\(\)|copy_wait<.*>\(\));")
+    return [number for number, line in enumerate(SOURCE.read_text().splitlines(), 1) if waits.match(line)]
+
+
+@functools.cache
+def build(N=64, bf16=True):
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "kernel.so")
+        subprocess.run(compile_command(output, N, bf16), check=True)
+        return KernelOnCPU(ctypes.CDLL(str(output)), torch.bfloat16 if bf16 else torch.float32)
 
 
 class KernelOnCPU:
     """The entry points of one build. `seed` draws the schedule; `drop` names a source line whose barrier is
     left out."""
 
-    def __init__(self, directory, head_size=64, bf16=True, source=SOURCE, name="kernel"):
-        output = Path(directory) / f"{name}_{head_size}_{int(bf16)}.so"
-        if not output.exists():
-            subprocess.run(compile_command(output, head_size, bf16, source), check=True)
-        self.library = ctypes.CDLL(str(output))
-        self.N = head_size
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.shared = list((ctypes.c_int * 2).in_dll(self.library, "wkv_shared_bytes"))
-        self.seed = 0
-        self.drop = 0
+    def __init__(self, library, dtype):
+        self.library, self.dtype = library, dtype
+        self.shared = list((ctypes.c_int * 2).in_dll(library, "wkv_shared_bytes"))
+        self.seed = self.drop = 0
+
+    def start(self, kernel, grid, block, shared, addresses):
+        """As cuLaunchKernel, it takes the addresses of the arguments; not 0 if the kernel did not finish."""
+        run = getattr(self.library, "run_" + kernel)
+        return run((ctypes.c_uint * 3)(*grid), ctypes.c_uint(block), ctypes.c_size_t(shared), addresses,
+                   ctypes.c_uint64(self.seed), ctypes.c_int(self.drop))
 
     def launch(self, kernel, grid, block, shared, *arguments):
         values = []
@@ -68,16 +77,7 @@ class KernelOnCPU:
             else:
                 values.append(ctypes.c_void_p(None) if argument is None else ctypes.c_int(argument))
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        run = getattr(self.library, "run_" + kernel)
-        failed = run(
-            (ctypes.c_uint * 3)(*grid),
-            ctypes.c_uint(block),
-            ctypes.c_size_t(shared),
-            pointers,
-            ctypes.c_uint64(self.seed),
-            ctypes.c_int(self.drop),
-        )
-        if failed:
+        if self.start(kernel, grid, block, shared, pointers):
             raise RuntimeError(f"{kernel} did not finish")
 
     def launch_rows(self, kernel, r, split, *arguments):
@@ -86,9 +86,8 @@ class KernelOnCPU:
         self.launch(kernel, (H, B, split), 32 * (5 + N // 16 // split), self.shared[0], T, H, *arguments)
 
     def inputs(self, r, log_w, k, v, a, b):
-        return [
-            x.to(torch.float32 if x is log_w else self.dtype).contiguous() for x in (r, log_w, k, v, a, b)
-        ]
+        given = (r, log_w, k, v, a, b)
+        return [x.to(torch.float32 if x is log_w else self.dtype).contiguous() for x in given]
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.full(shape, math.nan, dtype=dtype)  # nobody may count on zeros
@@ -96,16 +95,14 @@ class KernelOnCPU:
     def token_forward(self, r, log_w, k, v, a, b, s0=None):
         x = self.inputs(r, log_w, k, v, a, b)
         B, T, H, N = r.shape
-        y = self.empty(B, T, H, N, dtype=self.dtype)
-        sT = self.empty(B, H, N, N)
+        y, sT = self.empty(B, T, H, N, dtype=self.dtype), self.empty(B, H, N, N)
         self.launch("wkv_token_forward", (H, B, 1), N, 0, T, H, *x, s0, y, sT)
         return y, sT
 
     def forward(self, r, log_w, k, v, a, b, s0=None, keep=True, split=1):
         x = self.inputs(r, log_w, k, v, a, b)
         B, T, H, N = r.shape
-        y = self.empty(B, T, H, N, dtype=self.dtype)
-        sT = self.empty(B, H, N, N)
+        y, sT = self.empty(B, T, H, N, dtype=self.dtype), self.empty(B, H, N, N)
         kept = self.empty(B, H, -(-T // CHUNK), N, N, dtype=torch.bfloat16) if keep else None
         self.launch_rows("wkv_forward", r, split, *x, s0, y, sT, kept)
         return y, sT, kept
@@ -117,13 +114,56 @@ class KernelOnCPU:
         chunks = -(-T // CHUNK)
         segment = segment or chunks
         segments = -(-chunks // segment)
-        gradients = [self.empty(B, T, H, N, dtype=i.dtype) for i in x]
-        ds0 = self.empty(B, H, N, N)
+        outputs = [self.empty(B, T, H, N, dtype=i.dtype) for i in x] + [self.empty(B, H, N, N)]
         carry = self.empty(B, H, segments, N, N) if segments > 1 else None
         if carry is not None:
             r_, log_w_, _, _, a_, b_ = x
             self.launch_rows("wkv_backward_chain", r, split, segment, r_, log_w_, a_, b_, dy, dsT, carry)
-        outputs = (*gradients, ds0)
         self.launch("wkv_backward", (H, B, segments), 2 * N, self.shared[1],
                     T, H, segment, *x, kept, dy, dsT, carry, *outputs)
         return outputs
+
+
+class Driver:
+    """libcuda as wkv_cuda.py calls it, with kernels on the CPU: functions that return 0, or else an error.
+    An image is the head size and whether inputs are bf16, as in b"64 1"."""
+
+    def __init__(self):
+        self.functions = []  # (kernel, name); a handle is the number in the list, from 1
+        self.launched, self.grids = [], set()  # names; names with the blocks that share a head
+        self.context = None
+        self.spoil = lambda name, addresses: addresses  # what a fault does to a kernel's arguments
+
+    cuInit = cuDeviceGet = cuModuleGetGlobal_v2 = cuFuncSetAttribute = lambda self, *arguments: 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 77
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.context = context.value
+        return 0
+
+    def cuModuleLoadData(self, module, image):
+        if not re.fullmatch(rb"\d+ [01]", image):
+            return 200  # CUDA_ERROR_INVALID_IMAGE
+        self.loaded = build(*map(int, image.split()))
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        self.functions.append((self.loaded, name.decode()))
+        function._obj.value = len(self.functions)
+        return 0
+
+    def cuMemcpyDtoH_v2(self, to, address, size):
+        to[:] = self.loaded.shared
+        return 0
+
+    def cuLaunchKernel(self, function, x, y, z, threads, _, __, shared, stream, addresses, extra):
+        kernel, name = self.functions[function.value - 1]
+        self.launched.append(name)
+        self.grids.add((name, z))
+        if self.context != 77:
+            return 201  # CUDA_ERROR_INVALID_CONTEXT
+        self.context = None  # the next launch may come from another thread
+        return kernel.start(name, (x, y, z), threads, shared, self.spoil(name, addresses))

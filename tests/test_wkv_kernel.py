@@ -15,49 +15,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wkv_cuda
 from conftest import relative_error
-from kernel_on_cpu import KERNELS, SOURCE, KernelOnCPU, compile_command
+from kernel_on_cpu import KERNELS, SOURCE, barrier_lines, build, compile_command, needs_compiler
+from wkv import wkv_reference as recurrence
 
 DECAY_FLOOR = -0.6065306597  # the lowest log_w that RWKV-7 can produce
 NAMES = ("r", "log_w", "k", "v", "a", "b", "s0")
-ARCHITECTURES = ("80", "89", "90", "100", "120")
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="needs g++ to build the kernel for the CPU"
-)
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
+def kernels():
     """kernels(N, bf16): the entry points built for a head size and an input type, each built once."""
-    directory = tmp_path_factory.mktemp("kernels")
-    built = {}
 
     def get(N, bf16=True):
-        if (N, bf16) not in built:
-            built[N, bf16] = KernelOnCPU(directory, N, bf16)
-        built[N, bf16].seed = 0
-        built[N, bf16].drop = 0
-        return built[N, bf16]
+        kernel = build(N, bf16)
+        kernel.seed = kernel.drop = 0
+        return kernel
 
     return get
 
 
 # ---- the reference, and inputs -----------------------------------------------------------------------------
-
-
-def recurrence(r, log_w, k, v, a, b, S):
-    """The three equations at the head of wkv_kernel.cu, for (B, T, H, N) inputs and a (B, H, N, N) state."""
-    y = []
-    for t in range(r.shape[1]):
-        u = S @ a[:, t, :, :, None]
-        S = (
-            S * log_w[:, t, :, None, :].exp()
-            + u * b[:, t, :, None, :]
-            + v[:, t, :, :, None] * k[:, t, :, None, :]
-        )
-        y.append((S @ r[:, t, :, :, None])[..., 0])
-    return torch.stack(y, 1), S
 
 
 def reference(inputs, s0, dy, dsT):
@@ -106,14 +85,8 @@ def draw_problem(seed, N, T, H=None, decay="usual", keys="random", state=1.0, B=
     if keys == "overwritten":
         gate = torch.ones_like(gate)
         k = direction
-    inputs = [
-        exact(r),
-        log_w.float().double(),
-        exact(k),
-        exact(v),
-        -exact(direction),
-        exact(direction * gate),
-    ]
+    written = exact(direction * gate)
+    inputs = [exact(r), log_w.float().double(), exact(k), exact(v), -exact(direction), written]
     s0 = (state * normal(B, H, N, N)).float().double()
     return inputs, s0, exact(normal(B, T, H, N)), (state * normal(B, H, N, N)).float().double()
 
@@ -125,15 +98,15 @@ def check(results, expected, tolerance, what):
         assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
-problems = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 2**31),
-        "T": st.integers(1, 52),
-        "decay": st.sampled_from(["usual", "floor", "none", "slow", "mixed", "strong"]),
-        "keys": st.sampled_from(["random", "repeated"]),
-        "state": st.sampled_from([0.0, 1.0, 1e4]),
-    }
-)
+problems = st.fixed_dictionaries({
+    "seed": st.integers(0, 2**31),
+    "T": st.integers(1, 52),
+    "decay": st.sampled_from(["usual", "floor", "none", "slow", "mixed", "strong"]),
+    "keys": st.sampled_from(["random", "repeated"]),
+    "state": st.sampled_from([0.0, 1.0, 1e4]),
+})
+schedules = st.integers(0, 2**31)
+segments = st.sampled_from([None, 1, 2])
 
 
 # ---- right numbers -----------------------------------------------------------------------------------------
@@ -142,18 +115,14 @@ problems = st.fixed_dictionaries(
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 64])
 @settings(deadline=None, max_examples=15, derandomize=True)
-@given(problem=problems, schedule=st.integers(0, 2**31))
+@given(problem=problems, schedule=schedules)
 def test_token_kernel_is_the_recurrence(kernels, N, problem, schedule):
     """Catches any wrong term, in fp32 where nothing hides: this is the kernel one reads first and trusts."""
     kernel = kernels(N, bf16=False)
     kernel.seed = schedule
     inputs, s0, _, _ = draw_problem(N=N, bf16=False, **problem)
-    check(
-        kernel.token_forward(*(i.float() for i in inputs), s0.float()),
-        recurrence(*inputs, s0),
-        1e-5,
-        ("y", "sT"),
-    )
+    ours = kernel.token_forward(*(i.float() for i in inputs), s0.float())
+    check(ours, recurrence(*inputs, s0), 1e-5, ("y", "sT"))
 
 
 def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
@@ -176,12 +145,7 @@ def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
 
 @needs_compiler
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(
-    problem=problems,
-    schedule=st.integers(0, 2**31),
-    segment=st.sampled_from([None, 1, 2]),
-    split=st.sampled_from([1, 2, 4]),
-)
+@given(problem=problems, schedule=schedules, segment=segments, split=st.sampled_from([1, 2, 4]))
 def test_chunked_kernels_agree_with_the_recurrence(kernels, problem, schedule, segment, split):
     """Catches a wrong equation, index or tail in the tensor-core kernels at the tuned head size, under any
     schedule."""
@@ -191,12 +155,7 @@ def test_chunked_kernels_agree_with_the_recurrence(kernels, problem, schedule, s
 @needs_compiler
 @pytest.mark.parametrize("N, bf16", [(16, True), (32, True), (128, True), (64, False)])
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(
-    problem=problems,
-    schedule=st.integers(0, 2**31),
-    segment=st.sampled_from([None, 1, 2]),
-    split=st.booleans(),
-)
+@given(problem=problems, schedule=schedules, segment=segments, split=st.booleans())
 def test_other_head_sizes_and_fp32_inputs(kernels, N, bf16, problem, schedule, segment, split):
     """Catches whatever silently assumes N = 64 or two-byte inputs: strides, warps without work, copies of 16
     bytes."""
@@ -230,10 +189,8 @@ def test_null_means_zero_and_inference_keeps_nothing(kernels):
     for result, wanted in zip(kernel.forward(*x, None, keep=False), (y, sT)):
         assert torch.equal(result, wanted)
     for segment in (None, 1):
-        for result, wanted in zip(
-            kernel.backward(*x, kept, dy, None, segment), kernel.backward(*x, kept, dy, zero, segment)
-        ):
-            assert torch.equal(result, wanted)
+        both = (kernel.backward(*x, kept, dy, last, segment) for last in (None, zero))
+        assert all(torch.equal(result, wanted) for result, wanted in zip(*both))
     for result, wanted in zip(kernel.token_forward(*x, None), kernel.token_forward(*x, zero)):
         assert torch.equal(result, wanted)
 
@@ -273,18 +230,15 @@ def everything(kernel, x, s0, dy, dsT):
 
 @needs_compiler
 @settings(deadline=None, max_examples=10)
-@given(
-    seed=st.integers(0, 2**31), schedules=st.lists(st.integers(0, 2**31), min_size=2, max_size=3, unique=True)
-)
-def test_the_same_bits_under_every_schedule(kernels, seed, schedules):
+@given(seed=st.integers(0, 2**31), drawn=st.lists(schedules, min_size=2, max_size=3, unique=True))
+def test_the_same_bits_under_every_schedule(kernels, seed, drawn):
     """Catches a race that moves results by a rounding only, and any sum whose order depends on who comes
     first."""
     kernel = kernels(64)
     inputs, s0, dy, dsT = draw_problem(seed=seed, N=64, T=70, H=1)
     x = [i.float() for i in inputs]
     runs = []
-    for schedule in schedules:
-        kernel.seed = schedule
+    for kernel.seed in drawn:
         runs.append(everything(kernel, x, s0.float(), dy, dsT.float()))
     for run in runs[1:]:
         for result, wanted in zip(run, runs[0]):
@@ -306,13 +260,6 @@ def test_splitting_rows_and_segments_changes_no_bit(kernels):
             assert torch.equal(result, wanted)
 
 
-def barrier_lines():
-    """Numbers of the lines of wkv_kernel.cu that make threads or copies wait, but for the definitions."""
-    lines = SOURCE.read_text().splitlines()
-    waits = re.compile(r"^\s*(__syncthreads\(\)|__syncwarp\(\)|copy_wait<.*>\(\));")
-    return [number for number, line in enumerate(lines, 1) if waits.match(line)]
-
-
 @needs_compiler
 @pytest.mark.parametrize("line", barrier_lines())
 def test_every_barrier_is_needed_and_missed(kernels, line):
@@ -331,9 +278,7 @@ def test_every_barrier_is_needed_and_missed(kernels, line):
             return
         if any(not relative_error(result, wanted) <= 1e-6 for result, wanted in zip(wrong, right)):
             return
-    pytest.fail(
-        f"no schedule noticed that line {line} of wkv_kernel.cu was left out"
-    )
+    pytest.fail(f"no schedule noticed that line {line} of wkv_kernel.cu was left out")
 
 
 # ---- right use of memory -----------------------------------------------------------------------------------
@@ -386,84 +331,56 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path):
     """Catches reads and writes outside an array or the block's shared memory, misaligned vectors, and
     undefined arithmetic."""
     program = tmp_path / "sanitized"
-    command = compile_command(
-        program, 32, True, flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    )
+    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    command = compile_command(program, 32, True, flags)
     with open(tmp_path / "sanitized.cpp", "a") as wrapper:
         wrapper.write(SANITIZED_MAIN)
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr and "asan" in built.stderr:
         pytest.skip("this g++ comes without sanitizer libraries")
     assert built.returncode == 0, built.stderr
-    ran = subprocess.run(
-        [str(program)], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"}
-    )
+    quiet = {"ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([str(program)], capture_output=True, text=True, env=quiet)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 # ---- what the compiled code costs --------------------------------------------------------------------------
 
 
-def compile_with_nvcc(architecture, tmp_path):
-    common = ["nvcc", "-std=c++17", "-DHEAD_SIZE=64", "-DINPUT_BF16=1", str(SOURCE)]
-    cubin = tmp_path / "kernel.cubin"
-    ran = subprocess.run(
-        [*common, f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", str(cubin)],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    ptx = tmp_path / "kernel.ptx"
-    if architecture == "90":
-        subprocess.run([*common, "-arch=sm_90", "-ptx", "-o", str(ptx)], check=True, capture_output=True)
-    return ran.stderr + ran.stdout, ptx.read_text() if ptx.exists() else ""
+def loader_options(architecture):
+    """What wkv_cuda.py tells its compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WKV_CACHE", "/dev/null/nowhere")
+        patch.setattr(wkv_cuda, "compile_source", lambda source, options: options)
+        return wkv_cuda.cubin(f"sm_{architecture}", 64, True)
 
 
-def compile_with_nvrtc(architecture, tmp_path):
-    from cuda.bindings import nvrtc
-
-    def checked(answer):
-        assert int(answer[0]) == 0, answer[0]
-        return answer[1] if len(answer) > 1 else None
-
-    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"wkv_kernel.cu", 0, [], []))
-    options = [
-        f"-arch=sm_{architecture}".encode(),
-        b"--std=c++17",
-        b"-DHEAD_SIZE=64",
-        b"-DINPUT_BF16=1",
-        b"--ptxas-options=-v",
-    ]
-    failed = int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0])
-    log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
-    checked(nvrtc.nvrtcGetProgramLog(program, log))
-    assert not failed, log.decode()
-    ptx = bytearray(checked(nvrtc.nvrtcGetPTXSize(program)))
-    checked(nvrtc.nvrtcGetPTX(program, ptx))
+def compile_with_nvrtc(architecture):
+    """The assembler's report, and the PTX."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
+    try:
+        _, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"wkv_kernel.cu", 0, [], [])
+    except RuntimeError:
+        pytest.skip("needs NVRTC (nvidia-cuda-nvrtc)")
+    options = [option.encode() for option in (*loader_options(architecture), "--ptxas-options=-v")]
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert not int(failed), log.decode()
+    ptx = bytes(nvrtc.nvrtcGetPTXSize(program)[1])
+    nvrtc.nvrtcGetPTX(program, ptx)
     return log.decode(), ptx.decode()
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """compiled(architecture): what the assembler says of every kernel, and the PTX (sm_90); skips where no
-    compiler is."""
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-        compiler = compile_with_nvrtc
-    except Exception:  # no package, or a package without its library
-        compiler = compile_with_nvcc if shutil.which("nvcc") else None
-    done = {}
-
-    def get(architecture):
-        if compiler is None:
-            pytest.skip("needs NVRTC (cuda-bindings and nvidia-cuda-nvrtc) or nvcc")
-        if architecture not in done:
-            done[architecture] = compiler(architecture, tmp_path_factory.mktemp("sm_" + architecture))
-        return done[architecture]
-
-    return get
+def compile_with_nvcc(architecture):
+    """The assembler's report."""
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    options = [option for option in loader_options(architecture) if option != "-default-device"]
+    command = ["nvcc", "-cubin", *options, "-Xptxas=-v", str(SOURCE), "-o", "/dev/null"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr + ran.stdout
 
 
 def resources(log):
@@ -475,10 +392,9 @@ def resources(log):
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_everywhere_within_its_registers(compiled, architecture):
-    """Catches code that an architecture rejects, spills, registers that keep blocks from sharing an SM."""
-    found = resources(compiled(architecture)[0])
+def check_resources(log, architecture):
+    """No spills, and registers that let blocks share an SM."""
+    found = resources(log)
     assert sorted(found) == sorted(KERNELS)
     for kernel in ("wkv_forward", "wkv_backward_chain", "wkv_backward"):
         registers, spilled = found[kernel]
@@ -490,23 +406,32 @@ def test_compiles_everywhere_within_its_registers(compiled, architecture):
         assert registers <= (128 if kernel == "wkv_backward" else 96)
 
 
-def test_barriers_a_chunk(compiled):
-    """Catches a barrier more: at most 3 in the forward's loop over chunks (it has 1), 5 in the backward's."""
-    ptx = compiled("90")[1]
-    limits = {"wkv_forward": 3, "wkv_backward_chain": 3, "wkv_backward": 5}
-    for kernel, limit in limits.items():
+@pytest.mark.parametrize("architecture", ("80", "90", "120"))
+def test_what_the_loader_compiles(architecture):
+    """Catches code or options that NVRTC rejects, spills, too many registers; a barrier more: at most 3 in
+    the forward's loop over chunks (it has 1), 5 in the backward's."""
+    log, ptx = compile_with_nvrtc(architecture)
+    check_resources(log, architecture)
+    for kernel, limit in {"wkv_forward": 3, "wkv_backward_chain": 3, "wkv_backward": 5}.items():
         body = ptx.split(f".entry {kernel}(")[1].split(".entry ")[0]
-        labels = {
-            label: position.start()
-            for position in re.finditer(r"^(\$L\w+):", body, re.M)
-            for label in [position[1]]
-        }
-        loops = [
-            body[labels[jump[1]] : jump.start()]
-            for jump in re.finditer(r"bra(?:\.uni)?\s+(\$L\w+);", body)
-            if labels.get(jump[1], len(body)) < jump.start()
-        ]
+        labels = {label[1]: label.start() for label in re.finditer(r"^(\$L\w+):", body, re.M)}
+        jumps = [(labels.get(jump[1], len(body)), jump.start())
+                 for jump in re.finditer(r"bra(?:\.uni)?\s+(\$L\w+);", body)]
+        loops = [body[start:end] for start, end in jumps if start < end]
         assert 1 <= max(len(re.findall(r"bar(?:rier)?\.sync", loop)) for loop in loops) <= limit
+
+
+@pytest.mark.parametrize("architecture", ("89", "100"))
+def test_nvcc_compiles_the_same(architecture):
+    """Catches code that is NVRTC's alone."""
+    check_resources(compile_with_nvcc(architecture), architecture)
+
+
+def test_an_error_of_the_compiler_is_one_line():
+    """Catches pages of errors, or none."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidia-cuda-nvrtc")
+    with pytest.raises(OSError, match=r"^NVRTC: [^\n]*error[^\n]*$"):
+        wkv_cuda.compile_source(b"__global__ void broken() { nothing }\n", loader_options("80"))
 
 
 @needs_compiler
