@@ -146,7 +146,7 @@ class Arm(nn.Module):
         Returns: (B,) fp32, negative log likelihoods in nats. Only answer positions get logits: (B, A, V), not
         (B, T, V), which would be a gigabyte at T = 4096.
         """
-        given = (answer[:, :-1], answer_lengths - 1) if answer.shape[1] > 1 else None
+        given = answer[:, :-1] if answer.shape[1] > 1 else None
         hidden, _ = self.model(prompt, lengths=prompt_lengths, seed=self.fs, answer=given)
         rows = torch.arange(len(prompt), device=prompt.device)
         before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token

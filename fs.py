@@ -1,9 +1,8 @@
-"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends,
-without ever scanning right to left.
+"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, without ever scanning right to left.
 
 While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state
-at the prompt's END. Layer i-1 has finished by then, so nothing is circular,
-and every scan still runs left to right:
+at the prompt's END: its seed state. Layer i-1 has finished by then, so nothing is circular, and every scan
+still runs left to right:
 
     layer i-1   0 ──► t₁ ──► t₂ ──► … ──► t_T = S          S has seen the question at the prompt's end
                  ┌───────── gate · norm(S) ◄────┘
@@ -12,14 +11,14 @@ and every scan still runs left to right:
     base = S_T of layer i-1                                        (B, H, N, N), [value, key]
     base = stop_gradient(base)                                     if detach
     base = base / max(1e-6, sqrt(mean(base², over N × N)))         if norm, for each batch row and head
-    gate = sigmoid(alpha_i) · scale · schedule(i)
+    gate = sigmoid(alpha_i) · scale · schedule(i)                  or another, see FutureSeed
     S₀   = clip(gate · base, -clip, +clip)                         if clip > 0
 
-Answer tokens start from each layer's state at the end of the prompt, without Future-Seed,
-so decoding stays causal.
+Answer tokens start from each layer's state at the end of the prompt, without Future-Seed, so decoding stays
+causal.
 
-Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml),
-whose settings these are.
+Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml), whose settings
+these are. The gate "heads" is from its authors' later work: learned, from alpha = 0.
 Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
 
@@ -31,25 +30,25 @@ import torch.nn as nn
 from model import Config, RWKV7
 
 SCHEDULES = ("none", "linear", "cosine")
-GATES = ("scalar", "head", "input")
+GATES = ("scalar", "head", "heads", "input")
 
 
 class FutureSeed(nn.Module):
-    """The seed transform and its gates; an instance is the `seed` hook of `model.RWKV7.forward`.
+    """Makes the seed states; an instance is the `seed` hook of `model.RWKV7.forward`.
 
     Args:
         config: sizes of the model that it seeds.
-        alpha: initial value of every layer's alpha; -2 opens the gate to 0.119, -4 to 0.018.
+        alpha: initial value of every alpha; 0 opens the gate to 0.5, -2 to 0.119, -4 to 0.018.
         layer_start: the first seeded layer, 0-based; layer 0 has none below it and is never seeded.
         norm: scale each head's state to root mean square 1.
-        detach: keep the gradient from flowing through the seed into the layer below.
-        clip: bound on the seed's entries; 0 for none.
+        detach: keep the gradient from flowing through the seed state into the layer below.
+        clip: bound on the seed state's entries; 0 for none.
         scale: constant factor on every gate.
         schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at
             the last: "none" (1 everywhere), "linear" or "cosine".
-        gate: "scalar", one alpha a layer; "head", times the sigmoid of one alpha a head; "input",
-            sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
-        train_alpha: train alpha (and the heads' alphas); otherwise they stay as they start.
+        gate: "scalar", sigmoid of one alpha a layer; "heads", of one alpha a head; "head", both, multiplied;
+            "input", sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
+        train_alpha: train the alphas; otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
     """
@@ -76,8 +75,9 @@ class FutureSeed(nn.Module):
             for layer in range(config.n_layer)
         ]
         L, C, H = config.n_layer, config.n_embd, config.n_head
-        self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
-        if gate == "head":
+        if gate != "heads":
+            self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
+        if gate in ("head", "heads"):
             self.alpha_head = nn.Parameter(torch.full((L, H), float(alpha)), requires_grad=train_alpha)
         if gate == "input":
             self.input_weight = nn.Parameter(torch.zeros(L, C))
@@ -85,20 +85,20 @@ class FutureSeed(nn.Module):
 
     def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
-        alpha = self.alpha[layer]
+        if self.gate in ("scalar", "head"):
+            gate = torch.sigmoid(self.alpha[layer])
+        if self.gate == "head":
+            gate = gate * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
+        if self.gate == "heads":
+            gate = torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
         if self.gate == "input":
             # a sum and not a matrix product, which autocast would round to bf16
-            # (B,)
             drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])
-            gate = torch.sigmoid(alpha + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
-        elif self.gate == "head":
-            gate = torch.sigmoid(alpha) * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
-        else:
-            gate = torch.sigmoid(alpha)
+            gate = torch.sigmoid(self.alpha[layer] + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
         return gate * (self.scale * self.depth_factor[layer])
 
     def forward(self, layer: int, below: torch.Tensor, x_last: torch.Tensor) -> torch.Tensor | None:
-        """The state that `layer` starts the prompt from.
+        """The seed state that `layer` starts the prompt from.
 
         Args: layer, 0-based; below (B, H, N, N), the terminal state of layer - 1 over this prompt;
             x_last (B, C), the layer's input at the prompt's last token.
@@ -111,8 +111,8 @@ class FutureSeed(nn.Module):
             # the floor is under the root, where the gradient of an all-zero state is 0 and not NaN
             mean_square = base.square().mean(dim=(-2, -1), keepdim=True)
             base = base / mean_square.clamp_min(1e-12).sqrt()
-        seed = self.gate_of(layer, x_last) * base
-        return seed.clamp(-self.clip, self.clip) if self.clip > 0 else seed
+        seed_state = self.gate_of(layer, x_last) * base
+        return seed_state.clamp(-self.clip, self.clip) if self.clip > 0 else seed_state
 
 
 def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float, high: float) -> float:
@@ -127,10 +127,22 @@ def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float
 
 
 def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None,
-            fs: FutureSeed | None = None):
+            fs: FutureSeed | None = None, seed_from: tuple | None = None):
     """Read prompts, with Future-Seed if `fs` is given, to the states from which answers are decoded.
 
-    Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
+    Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T; seed_from, a control: tokens
+        and lengths of B other prompts, which are read first, and whose seed states these prompts then start
+        from. Without `fs` there are none, and seed_from is ignored.
     Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
     """
-    return model(tokens, lengths=lengths, seed=fs)
+    if fs is None or seed_from is None:
+        return model(tokens, lengths=lengths, seed=fs)
+    seed_states = {}
+
+    def remember(layer, below, x_last):
+        seed_states[layer] = fs(layer, below, x_last)
+        return seed_states[layer]
+
+    other_tokens, other_lengths = seed_from
+    model(other_tokens, lengths=other_lengths, seed=remember)
+    return model(tokens, lengths=lengths, seed=lambda layer, below, x_last: seed_states[layer])

@@ -22,36 +22,7 @@ from model import LayerState, RWKV7
 
 # ---- decoding ----------------------------------------------------------------------------------------------
 
-def pick(logits, temperature: float, top_p: float, random: torch.Generator | None) -> torch.Tensor:
-    """Each row's next token, (B, V) -> (B,): the likeliest at temperature 0, else drawn from the nucleus."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # the nucleus: the likeliest tokens up to and including the one at which their sum reaches top_p
-    outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
-    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=random)    # (B, 1)
-    return tokens.gather(1, drawn).squeeze(1)
-
-
-@torch.no_grad()
-def generate(model: RWKV7, logits, state, max_new: int, *, temperature=0.0, top_p=1.0, stop=(), random=None):
-    """Continue every row of a batch from the state in which its prompt ended.
-
-    Args: logits (B, V) of the first new token; state, from fs.prefill; max_new, tokens to write; temperature,
-        0 for greedy; top_p, in (0, 1], the share of the probability to draw from; stop, token ids: once every
-        row has written one, decoding ends; random, a torch.Generator on the model's device.
-    Returns: (B, at most max_new) int64.
-    """
-    new = [pick(logits, temperature, top_p, random)]
-    stopped = torch.zeros_like(new[0], dtype=torch.bool)
-    while len(new) < max_new:
-        for token in stop:
-            stopped |= new[-1] == token
-        if stop and stopped.all():
-            break
-        hidden, state = model(new[-1].unsqueeze(1), state=state)
-        new.append(pick(model.head(hidden[:, -1]), temperature, top_p, random))
-    return torch.stack(new, dim=1)
+generate = RWKV7.generate    # moved into model.py
 
 
 def text_of(tokens: list[int], tokenizer) -> str:
