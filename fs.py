@@ -1,4 +1,4 @@
-"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, without ever scanning right to left.
+"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, never scanning right to left.
 
 While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state
 at the prompt's END: its seed state. Layer i-1 has finished by then, so nothing is circular, and every scan

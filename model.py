@@ -359,13 +359,13 @@ class RWKV7(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "RWKV7":
-        """Read an official .pth, of any float type, into fp32 parameters on the CPU. Raises as read_tensors."""
+        """Read an official .pth of any float type into fp32 parameters on the CPU. Raises as read_tensors."""
         tensors, sha256 = read_tensors(path)
-        for name in tensors:
-            if name.startswith("model.layers.0.attn."):
-                raise ValueError(f"{path}: an RWKV-7 in Hugging Face's layout; give BlinkDL's .pth of it")
-            if name.startswith("blocks.0.att.time_"):
-                raise ValueError(f"{path}: an RWKV-{6 if 'maa' in name else '4 or 5'}, not an RWKV-7")
+        names = " ".join(tensors)
+        if "model.layers.0.attn." in names:
+            raise ValueError(f"{path}: an RWKV-7 in Hugging Face's layout; give BlinkDL's .pth of it")
+        if "blocks.0.att.time_" in names:
+            raise ValueError(f"{path}: an RWKV-{6 if 'time_maa' in names else '4 or 5'}, not an RWKV-7")
         # copies: tensors that share memory in the file, as a tied head may, become parameters of their own
         weights = {name: x.detach().to(torch.float32, copy=True).contiguous() for name, x in tensors.items()}
         try:
