@@ -36,7 +36,7 @@ from files import (ARMS, METRICS, Runs, atomic_write, complain, locked, read_rou
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, read_tensors
 from rounds import Round, expand, load_rounds, seeds_of
-from standin import small_tokenizer
+from standin import chance, small_tokenizer
 from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, bootstrap_interval, chance_to_gain, holm, judge, mcnemar,
                    sign_test, signs)
 from tokenizer import END_OF_DOCUMENT, Tokenizer
@@ -55,7 +55,7 @@ CONTROLS = {"off": "switched off", "other": "from another prompt", "shuffled": "
 
 def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer) -> list[dict]:
     prompt, lengths, answer, answer_lengths = collate(batch, device)
-    logits, state = answer_logits(model, fs, prompt, lengths, answer, answer_lengths)    # (B, A, V)
+    logits, state = answer_logits(model, fs, prompt, lengths, answer)    # (B, A, V)
     losses = answer_loss(logits, answer, answer_lengths).tolist()
     hits = (logits.argmax(dim=-1) == answer).tolist()
     # answers carry no end mark, so greedy decoding writes as many tokens as the gold answer has, in both arms
@@ -211,7 +211,8 @@ def analyse(runs: Runs, recipe: Round) -> dict:
     return {
         "round": recipe.name, "title": recipe.title, "task": recipe.task, "order": runs.run["settings"]["order"],
         "primary": recipe.primary, "standin": runs.run["standin"], "L": runs.run["settings"]["max_prompt"],
-        "facts": runs.run["settings"]["facts"], "layer_start": runs.run["settings"]["fs_layer_start"],
+        "facts": recipe.facts, "chance": chance(recipe) if recipe.facts else None,
+        "layer_start": runs.run["settings"]["fs_layer_start"],
         "gate": 1 / (1 + math.exp(-runs.run["settings"]["alpha_init"])), "seeds": runs.seeds, "examples": x.shape[1],
         "labels": labels_of(runs.run, recipe), "notes": runs.notes, "per_seed": per_seed,
         "over_seeds": over_seeds, "verdict": verdict, "median": float(np.median(deltas[:, 0])),
@@ -328,14 +329,14 @@ def report(recipe: Round, runs_dir: str | Path) -> tuple[dict, str]:
 def explain(result: dict, seed: int, validation: list[Example], tokenizer, folder: Path) -> str:
     """A seed on the stand-in in plain words: what was asked, what came out, what that does and does not say."""
     s = result["seeds"].index(seed)
-    acc, off, facts = result["per_seed"][s]["acc"], result["controls"]["off"][s], result["facts"]
+    acc, off = result["per_seed"][s]["acc"], result["controls"]["off"][s]
     answers = []
     for arm in ARMS:
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
         answers.append([json.loads(line)["text"].strip() for line in lines])
     differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
-    lines = [f"Seed {seed} in words. {len(validation)} questions on {facts} facts each; a guess among the facts is right "
-             f"{1 / facts:.0%} of the time.",
+    lines = [f"Seed {seed} in words. {len(validation)} questions on {result['facts']} facts each; picking a fact at random "
+             f"is right {result['chance']:.0%} of the time.",
              f"  Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
              f"  The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
     for i in differ[:4]:
@@ -377,8 +378,8 @@ def draw(results: list[dict], path: Path) -> None:
                 left.plot(values, [place + shift] * len(values), mark, color=colour, markersize=5, alpha=0.7,
                           label=None if place else name)
             if result["standin"]:
-                left.plot([1 / result["facts"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
-                          label=None if place else "a guess among the facts")
+                left.plot([result["chance"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
+                          label=None if place else "a fact picked at random")
             right.plot([acc["d"] for acc in accs], [place] * len(accs), "D", color="tab:orange", markersize=4,
                        alpha=0.7)
             if len(accs) >= MIN_SEEDS:

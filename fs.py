@@ -1,9 +1,8 @@
-"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends,
-without ever scanning right to left.
+"""Future-Seed: let a deeper layer re-read the prompt knowing how it ends, never scanning right to left.
 
 While a prompt is read, layer i starts its WKV state not from zero but from a gated copy of layer i-1's state
-at the prompt's END. Layer i-1 has finished by then, so nothing is circular,
-and every scan still runs left to right:
+at the prompt's END: its seed state. Layer i-1 has finished by then, so nothing is circular, and every scan
+still runs left to right:
 
     layer i-1   0 ──► t₁ ──► t₂ ──► … ──► t_T = S          S has seen the question at the prompt's end
                  ┌───────── gate · norm(S) ◄────┘
@@ -12,14 +11,14 @@ and every scan still runs left to right:
     base = S_T of layer i-1                                        (B, H, N, N), [value, key]
     base = stop_gradient(base)                                     if detach
     base = base / max(1e-6, sqrt(mean(base², over N × N)))         if norm, for each batch row and head
-    gate = sigmoid(alpha_i) · scale · schedule(i)
+    gate = sigmoid(alpha_i) · scale · schedule(i)                  or another, see FutureSeed
     S₀   = clip(gate · base, -clip, +clip)                         if clip > 0
 
-Answer tokens start from each layer's state at the end of the prompt, without Future-Seed,
-so decoding stays causal.
+Answer tokens start from each layer's state at the end of the prompt, without Future-Seed, so decoding stays
+causal.
 
-Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml),
-whose settings these are.
+Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml), whose settings
+these are. The gate "heads" is from its authors' later work: learned, from alpha = 0.
 Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
 
@@ -32,25 +31,25 @@ import torch.nn.functional as F
 from model import Config, RWKV7
 
 SCHEDULES = ("none", "linear", "cosine")
-GATES = ("scalar", "head", "input")
+GATES = ("scalar", "head", "heads", "input")
 
 
 class FutureSeed(nn.Module):
-    """The seed transform and its gates; an instance is the `seed` hook of `model.RWKV7.forward`.
+    """Makes the seed states; an instance is the `seed` hook of `model.RWKV7.forward`.
 
     Args:
         config: sizes of the model that it seeds.
-        alpha: initial value of every layer's alpha; -2 opens the gate to 0.119, -4 to 0.018.
+        alpha: initial value of every alpha; 0 opens the gate to 0.5, -2 to 0.119, -4 to 0.018.
         layer_start: the first seeded layer, 0-based; layer 0 has none below it and is never seeded.
         norm: scale each head's state to root mean square 1.
-        detach: keep the gradient from flowing through the seed into the layer below.
-        clip: bound on the seed's entries; 0 for none.
+        detach: keep the gradient from flowing through the seed state into the layer below.
+        clip: bound on the seed state's entries; 0 for none.
         scale: constant factor on every gate.
         schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at
             the last: "none" (1 everywhere), "linear" or "cosine".
-        gate: "scalar", one alpha a layer; "head", times the sigmoid of one alpha a head; "input",
-            sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
-        train_alpha: train alpha (and the heads' alphas); otherwise they stay as they start.
+        gate: "scalar", sigmoid of one alpha a layer; "heads", of one alpha a head; "head", both, multiplied;
+            "input", sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
+        train_alpha: train the alphas; otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
     """
@@ -77,8 +76,9 @@ class FutureSeed(nn.Module):
             for layer in range(config.n_layer)
         ]
         L, C, H = config.n_layer, config.n_embd, config.n_head
-        self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
-        if gate == "head":
+        if gate != "heads":
+            self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
+        if gate in ("head", "heads"):
             self.alpha_head = nn.Parameter(torch.full((L, H), float(alpha)), requires_grad=train_alpha)
         if gate == "input":
             self.input_weight = nn.Parameter(torch.zeros(L, C))
@@ -86,20 +86,20 @@ class FutureSeed(nn.Module):
 
     def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
-        alpha = self.alpha[layer]
+        if self.gate in ("scalar", "head"):
+            gate = torch.sigmoid(self.alpha[layer])
+        if self.gate == "head":
+            gate = gate * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
+        if self.gate == "heads":
+            gate = torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
         if self.gate == "input":
             # a sum and not a matrix product, which autocast would round to bf16
-            # (B,)
             drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])
-            gate = torch.sigmoid(alpha + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
-        elif self.gate == "head":
-            gate = torch.sigmoid(alpha) * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
-        else:
-            gate = torch.sigmoid(alpha)
+            gate = torch.sigmoid(self.alpha[layer] + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
         return gate * (self.scale * self.depth_factor[layer])
 
     def forward(self, layer: int, below: torch.Tensor, x_last: torch.Tensor) -> torch.Tensor | None:
-        """The state that `layer` starts the prompt from.
+        """The seed state that `layer` starts the prompt from.
 
         Args: layer, 0-based; below (B, H, N, N), the terminal state of layer - 1 over this prompt;
             x_last (B, C), the layer's input at the prompt's last token.
@@ -112,8 +112,8 @@ class FutureSeed(nn.Module):
             # the floor is under the root, where the gradient of an all-zero state is 0 and not NaN
             mean_square = base.square().mean(dim=(-2, -1), keepdim=True)
             base = base / mean_square.clamp_min(1e-12).sqrt()
-        seed = self.gate_of(layer, x_last) * base
-        return seed.clamp(-self.clip, self.clip) if self.clip > 0 else seed
+        seed_state = self.gate_of(layer, x_last) * base
+        return seed_state.clamp(-self.clip, self.clip) if self.clip > 0 else seed_state
 
 
 def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float, high: float) -> float:
@@ -137,7 +137,7 @@ def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = N
 
 
 def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
-    """A stand-in for `fs` that gives every layer the seed state of these other prompts: what if it were wrong?"""
+    """A hook in the place of `fs` that gives every layer the seed state that it has on these other prompts."""
     kept = {}
 
     def keep(layer, below, x_last):
@@ -148,14 +148,14 @@ def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.
     return lambda layer, below, x_last: kept[layer]
 
 
-def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer, answer_lengths):
+def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
     """Read prompts with Future-Seed, then their answers without, as decoding would.
 
-    Args: prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as data.collate gives them.
+    Args: prompt (B, T), prompt_lengths (B,), answer (B, A), as data.collate gives them.
     Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answer positions
     get logits: (B, T, V) would be a gigabyte at T = 4096.
     """
-    given = (answer[:, :-1], answer_lengths - 1) if answer.shape[1] > 1 else None
+    given = answer[:, :-1] if answer.shape[1] > 1 else None
     hidden, state = model(prompt, lengths=prompt_lengths, seed=fs, answer=given)
     rows = torch.arange(len(prompt), device=prompt.device)
     before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
@@ -164,7 +164,7 @@ def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer, answer_lengt
 
 
 def answer_loss(logits, answer, answer_lengths):
-    """Each example's loss as in the log, (B,) fp32, nats: the first answer token's plus the mean of the others'."""
+    """Each example's loss as in the log, (B,) in nats: the first answer token's plus the mean of the others'."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none").view(answer.shape)
     positions = torch.arange(answer.shape[1], device=answer.device)
     rest = (positions > 0) & (positions < answer_lengths.unsqueeze(1))

@@ -84,6 +84,12 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     return records
 
 
+def chance(recipe: Round) -> float:
+    """How often the value of a fact picked at random is right: verbs may be a fact's by accident, labels not."""
+    others = 1 - 1 / recipe.facts
+    return 1 / recipe.facts + (others / len(VERBS) if recipe.task == "hotpotqa" else 0.0)
+
+
 class SmallTokenizer(Tokenizer):
     """The official tokenizer with no other tokens than those of the stand-in's questions, renumbered."""
 
@@ -188,7 +194,7 @@ def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progr
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARM_UP)
         optimizer.zero_grad()
         prompt, lengths, answer, answer_lengths = collate(batch, device)
-        logits, _ = answer_logits(model, None, prompt, lengths, answer, answer_lengths)
+        logits, _ = answer_logits(model, None, prompt, lengths, answer)
         loss = answer_loss(logits, answer, answer_lengths).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -50,7 +50,7 @@ BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
 # a hash of all files whose code decides a run's numbers
-DECISIVE = ("model.py", "wkv.py", "kernel_loader.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
+DECISIVE = ("model.py", "wkv.py", "wkv_cuda.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
             "rounds.py", "train.py", "eval.py")
 CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DECISIVE)).hexdigest()[:16]
 
@@ -338,7 +338,7 @@ class Arm:
         for i in range(0, len(batch), size):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 prompt, lengths, answer, answer_lengths = collate(batch[i:i + size], device)
-                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer, answer_lengths)
+                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
                 loss = answer_loss(logits, answer, answer_lengths)
             (loss.sum() / len(batch)).backward()
             losses.append(loss.detach())

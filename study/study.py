@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from files import ARMS, read_records, read_run, say    # noqa: E402
 from rounds import load_rounds                         # noqa: E402
+from standin import chance                             # noqa: E402
 from stats import JUMP, chance_to_gain, holm, judge, mcnemar, sign_test    # noqa: E402
 
 KEYS = ("round", "seed", "arm", "task", "order", "steps", "facts", "channels")
@@ -143,9 +144,9 @@ def draw_seeds(arms: list[dict], steps: int = 250) -> None:
         ):
             panel.plot(values, [place + shift] * len(values), mark, color=colour, markersize=4, alpha=0.7,
                        label=None if place else label)
-        facts = next(iter(without.values()))["facts"]
-        panel.plot([1 / facts] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
-                   label=None if place else "a guess among the facts")
+        guess = chance(load_rounds()[1][name])
+        panel.plot([guess] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
+                   label=None if place else "a fact picked at random")
     titles = [f"{name}: {load_rounds()[0][name].title}" for name in rounds]
     panel.set_yticks(range(len(rounds)), titles, fontsize=8)
     panel.set_ylim(len(rounds) - 0.4, -0.6)
@@ -211,7 +212,7 @@ def influence(model, fs, example, layer_inputs: list):
     from data import collate
     from fs import answer_logits
     layer_inputs.clear()
-    logits, _ = answer_logits(model, fs, *collate([example]))
+    logits, _ = answer_logits(model, fs, *collate([example])[:3])
     logits[0, 0].log_softmax(dim=-1)[example.answer[0]].backward()
     return np.array([(x.grad * x).sum(dim=-1).abs()[0, :len(example.prompt)].tolist() for x in layer_inputs])
 
