@@ -9,7 +9,6 @@ prompts, the length rules and the way examples are drawn are those of the experi
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
-import contextlib
 import hashlib
 import http.client
 import io
@@ -22,7 +21,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 
@@ -74,19 +73,18 @@ def field(record: dict, key: str, kind: type):
 
 
 def arrange(order: str, context: str, question: str) -> list[str]:
-    """A prompt's blocks. The log has the first two orders; the others are what people do today when a question
-    comes last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
-    orders = {
+    """A prompt's blocks. The log has the first two orders; the others are what people do when a question comes
+    last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
+    return {
         "context_first": [context, question],
         "question_first": [question, context],
         "both_ends": [question, context, question],
         "twice": [context, question, context, question],
-    }
-    return orders[order]
+    }[order]
 
 
 def read_arc(record: dict) -> tuple[str, str, str, list[str]] | None:
-    """An official ARC record -> context, question, answer label, all labels; None where the log leaves it out."""
+    """An official ARC record -> context, question, answer, labels; None where the log leaves it out."""
     question = field(record, "question", dict)
     stem = clean(field(question, "stem", str))
     options = []
@@ -152,54 +150,39 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
 
 # ---- the network -------------------------------------------------------------------------------------------
 
-class NotServed(FileNotFoundError):
-    """The network, or the server, did not give the file."""
-
-
-@contextlib.contextmanager
-def answer_to(url: str, headers: dict[str, str] = {}) -> Iterator[http.client.HTTPResponse]:
-    """The server's answer to a GET. What goes wrong on the way, while it is being read too, is NotServed."""
-    headers = headers | {"User-Agent": "future-seed", "Accept-Encoding": "identity"}
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:
-            yield answer
-    except urllib.error.HTTPError as error:
-        raise NotServed(f"the server answered {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise NotServed(f"no connection: {getattr(error, 'reason', None) or error!r}") from error
+def answer_to(url: str, byte_range: str | None = None) -> http.client.HTTPResponse:
+    """The server's answer to a GET. Raises OSError or http.client.HTTPException, as reading from it does."""
+    headers = {"User-Agent": "future-seed", "Accept-Encoding": "identity"}
+    if byte_range:
+        headers["Range"] = f"bytes={byte_range}"
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS_TO_ANSWER)
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool) -> None:
     """Fetch url to path, whole and checked or not at all.
 
     Args: check, called with the file before it gets its name, raises ValueError to refuse it.
-    Raises FileNotFoundError where it cannot be had, always if `offline`; OSError where it cannot be kept.
+    Raises FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
-    by_hand = f"fetch {url} by hand and put it at {path}"
-    if offline:
-        raise FileNotFoundError(f"{path} is missing, and downloads are off; {by_hand}")
-    say(f"downloading {path.name} from {url.split('/')[2]}")
     try:
+        if offline:
+            raise OSError("downloads are off")
+        say(f"downloading {path.name} from {url.split('/')[2]}")
         with atomic_write(path) as file:
             with answer_to(url) as answer:
                 # http.client ends a body that was cut off without complaint, so its length is checked
-                if answer.status != 200 or not answer.length:
-                    raise NotServed(f"the server answered {answer.status}, with no file of a known length")
-                progress = Progress(answer.length)
+                progress = Progress(answer.length or 0)
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     if progress.due(len(chunk)):
                         progress.line(f"{path.name}: {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB")
-                if progress.done < progress.total:
-                    raise NotServed(f"the connection ended after {progress.done:,.0f} of {progress.total:,} bytes")
+            if not 0 < progress.done == progress.total:
+                raise OSError(f"the server sent {progress.done:,.0f} of {progress.total:,} bytes")
             file.flush()
             check(Path(file.name))
-    except (NotServed, ValueError) as error:
-        raise FileNotFoundError(f"{path} is missing, no download ({error}); {by_hand}") from None
-    except OSError as error:
-        raise OSError(f"{path} cannot be stored ({error.strerror or error}); free some space, name another "
-                      f"folder or {by_hand}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put it "
+                                "there") from None
 
 
 class RemoteFile(io.RawIOBase):
@@ -208,11 +191,8 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str):
         self.url = url
         self.position = 0
-        with answer_to(url, {"Range": "bytes=0-0"}) as answer:
-            size = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if not size.isdigit():
-            raise NotServed("the server does not send parts of files")
-        self.size = int(size)
+        with answer_to(url, "0-0") as answer:
+            self.size = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
 
     def readable(self) -> bool:
         return True
@@ -228,24 +208,21 @@ class RemoteFile(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        with answer_to(self.url, {"Range": f"bytes={self.position}-{end - 1}"}) as answer:
+        with answer_to(self.url, f"{self.position}-{end - 1}") as answer:
             content = answer.read(end - self.position)
         if answer.status != 206 or not content:
-            raise NotServed("the server did not send the part asked for")
+            raise OSError("the server did not send the part asked for")
         buffer[:len(content)] = content     # of a broken answer the beginning; the reader asks for the rest
         self.position += len(content)
         return len(content)
 
 
 def read_member(url: str, name: str) -> bytes:
-    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680), or NotServed."""
-    try:
-        with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
-            if archive.getinfo(name).file_size > LARGEST_MEMBER:
-                raise NotServed(f"{name} is larger than it should be")
-            return archive.read(name)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise NotServed(f"not the archive expected: {error}") from error
+    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680)."""
+    with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
+        if archive.getinfo(name).file_size > LARGEST_MEMBER:
+            raise ValueError(f"{name} is larger than it should be")
+        return archive.read(name)
 
 
 # ---- files of records --------------------------------------------------------------------------------------
@@ -271,16 +248,17 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     member = ARC_FOLDER + path.name
     try:
         if offline:
-            raise NotServed("downloads are off")
+            raise OSError("downloads are off")
         say(f"reading {path.name} from the archive at {ARC_ARCHIVE.split('/')[2]}")
         content = read_member(ARC_ARCHIVE, member)
         if len(content.splitlines()) != published:
-            raise NotServed(f"not the published file: it should hold {published:,} records")
-    except NotServed as error:
+            raise ValueError(f"not the published file: it should hold {published:,} records")
+        with atomic_write(path) as file:
+            file.write(content)
+    except (OSError, http.client.HTTPException, ValueError, KeyError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {ARC_ARCHIVE} by hand and "
                                 f"put its member {member} there") from None
-    with atomic_write(path) as file:
-        file.write(content)
     return path
 
 
@@ -306,21 +284,16 @@ def read_records(path: Path) -> list:
 
 # ---- examples ----------------------------------------------------------------------------------------------
 
-def rows(examples: Sequence[Example]) -> list[list]:
-    """Plain JSON values; dataclasses.astuple would copy every list of tokens."""
-    return [list(vars(example).values()) for example in examples]
-
-
 def fingerprint(examples: Sequence[Example]) -> str:
     """sha256 over everything in the examples, in their order."""
-    return hashlib.sha256(json.dumps(rows(examples)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([vars(example) for example in examples]).encode()).hexdigest()
 
 
 def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
     """What make() returns, from the file if it holds that undamaged, else put there for the next time."""
     try:
         checksum, found = json.loads(path.read_bytes())
-        examples = [Example(*row) for row in found]
+        examples = [Example(**row) for row in found]
         if fingerprint(examples) == checksum:
             return examples
     except (OSError, ValueError, TypeError, RecursionError):
@@ -328,7 +301,7 @@ def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
     examples = make()
     try:
         with atomic_write(path, "w") as file:
-            json.dump([fingerprint(examples), rows(examples)], file, separators=(",", ":"))
+            json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
     except OSError as error:
         say(f"note: {path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
     return examples
@@ -341,7 +314,7 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
     assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
     make_example. What comes out is kept in assets/cache, under a name made of all that decides it.
-    Raises FileNotFoundError where the file cannot be had, OSError where it cannot be kept, ValueError for a
+    Raises FileNotFoundError where the file cannot be had, ValueError for a
     malformed record, two of one id, or too few that qualify.
     """
     path = find_file(task, split, Path(assets), offline)

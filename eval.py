@@ -1,7 +1,6 @@
 """The ruler: score a model, record it, compare the two arms of a round, say what came out.
 
     python eval.py R8                           both arms of every finished seed, their difference, the log
-    python eval.py --all --plot report.png
 
 Every evaluation leaves a record an example (records.jsonl), and every report is computed from these. A
 difference d is prompt_fs minus no_fs on the same example, at the last evaluation.
@@ -40,11 +39,6 @@ from standin import chance, small_tokenizer
 from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, bootstrap_interval, chance_to_gain, holm, judge, mcnemar,
                    sign_test, signs)
 from tokenizer import END_OF_DOCUMENT, Tokenizer
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:    # figures are optional
-    Figure = None
 
 # what becomes of prompt_fs, once trained, when its seed states are taken away, or made from the wrong prompt
 SHOWN = "S3"    # the round in which Future-Seed is seen at work
@@ -173,25 +167,22 @@ def f1_score(answer: str, gold: str) -> float:
 
 def labels_of(run: dict, recipe: Round) -> list[str]:
     """What a reader must know before comparing a round's numbers with the log's."""
-    base, settings = run["base"].get("name"), run["settings"]
     labels = []
     if run["standin"]:
         labels.append("ON THE STAND-IN, made-up questions and a tiny base: not comparable with the log")
-    elif base != recipe.base:
-        labels.append(f"ANOTHER BASE, {base}: not comparable with the log")
+    elif run["base"].get("name") != recipe.base:
+        labels.append(f"ANOTHER BASE, {run['base'].get('name')}: not comparable with the log")
     if run.get("minutes") is not None:
         labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
-    changed = [f"{key}={settings.get(key)}" for key, value in recipe.settings().items()
-               if settings.get(key) != value]
-    if changed:
-        labels.append(f"settings changed from the round's: {', '.join(changed)}")
-    return labels
+    changed = [f"{key}={run['settings'].get(key)}" for key, value in recipe.settings().items()
+               if run["settings"].get(key) != value]
+    return labels + [f"settings changed from the round's: {', '.join(changed)}"] * bool(changed)
 
 
 def analyse(runs: Runs, recipe: Round) -> dict:
-    """All numbers of the report on one round, as plain JSON values; `recipe`, the round as it stands in
-    rounds.toml, gives its title and the log."""
+    """All numbers of the report on one round, as plain JSON values. `recipe` is the round as published."""
     x = runs.scores[:, 1] - runs.scores[:, 0]         # (S, n, M)
+    S, n, _ = x.shape
     means = runs.scores.mean(axis=2)                  # (S, 2, M)
     deltas = x.mean(axis=1)                           # (S, M)
     low, high = bootstrap_interval(x.swapaxes(0, 1))  # (S, M) each
@@ -199,125 +190,110 @@ def analyse(runs: Runs, recipe: Round) -> dict:
     for s, seed in enumerate(runs.seeds):
         line = {"seed": seed, "steps": runs.steps[s]}
         for m, metric in enumerate(METRICS):
-            line[metric] = {"no_fs": float(means[s, 0, m]), "prompt_fs": float(means[s, 1, m]),
-                            "d": float(deltas[s, m]), "low": float(low[s, m]), "high": float(high[s, m])}
+            line[metric] = dict(zip(("no_fs", "prompt_fs", "d", "low", "high"), map(float, (
+                means[s, 0, m], means[s, 1, m], deltas[s, m], low[s, m], high[s, m]))))
         per_seed.append(line)
-    S = len(runs.seeds)
-    verdict, least, most = judge(x[..., 0])
-    share, share_low, share_high = chance_to_gain(deltas[:, 0])
+    verdict, *typical = judge(x[..., 0])
     learned = means[..., 0] > JUMP                    # (S, 2)
-    over_seeds = {metric: {"mean": float(deltas[:, m].mean()), "std": float(deltas[:, m].std()),
-                           "signs": signs(deltas[:, m])} for m, metric in enumerate(METRICS)}
+    settings = runs.run["settings"]
     return {
-        "round": recipe.name, "title": recipe.title, "task": recipe.task, "order": runs.run["settings"]["order"],
-        "primary": recipe.primary, "standin": runs.run["standin"], "L": runs.run["settings"]["max_prompt"],
-        "facts": recipe.facts, "chance": chance(recipe) if recipe.facts else None,
-        "layer_start": runs.run["settings"]["fs_layer_start"],
-        "gate": 1 / (1 + math.exp(-runs.run["settings"]["alpha_init"])), "seeds": runs.seeds, "examples": x.shape[1],
-        "labels": labels_of(runs.run, recipe), "notes": runs.notes, "per_seed": per_seed,
-        "over_seeds": over_seeds, "verdict": verdict, "median": float(np.median(deltas[:, 0])),
-        "low": least if S >= MIN_SEEDS else None, "high": most if S >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
-        "gain": [float(share), float(share_low), float(share_high)],
+        "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": recipe.primary,
+        "standin": runs.run["standin"], "seeds": runs.seeds, "examples": n,
+        "labels": labels_of(runs.run, recipe), "notes": runs.notes,
+        "settings": settings, "chance": chance(recipe) if runs.run["standin"] else None, "per_seed": per_seed,
+        "over_seeds": {metric: {"mean": float(deltas[:, m].mean()), "std": float(deltas[:, m].std()),
+                                "signs": signs(deltas[:, m])} for m, metric in enumerate(METRICS)},
+        "verdict": verdict, "median": float(np.median(deltas[:, 0])),
+        "interval": typical if S >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
+        "gain": [float(number) for number in chance_to_gain(deltas[:, 0])],
         "jumped": learned.sum(axis=0).tolist(), "p_jumped": float(mcnemar(learned[:, 0], learned[:, 1])),
         "controls": runs.controls, "log": log_numbers(recipe) if recipe.log else None,
     }
 
 
 def log_numbers(recipe: Round) -> dict:
-    """The log's line of a round, recomputed from its per-seed numbers."""
-    log = recipe.log
-    deltas = np.array(log.d_acc)
+    """The log's line of a round, with what can be computed from its per-seed numbers."""
+    deltas = np.array(recipe.log["d_acc"])
     mean, std = float(deltas.mean()), float(deltas.std())
-    off = max(abs(mean - log.mean), abs(std - log.std))    # each number was rounded to 4 digits
-    return {"d_acc": list(log.d_acc), "mean": log.mean, "std": log.std, "d_loss": log.d_loss,
-            "status": log.status, "recomputed": [mean, std], "as_logged": off < 1.5e-4, "signs": signs(deltas),
+    off = max(abs(mean - recipe.log["mean"]), abs(std - recipe.log["std"]))    # each was rounded to 4 digits
+    return {**recipe.log, "recomputed": [mean, std], "as_logged": off < 1.5e-4, "signs": signs(deltas),
             "verdict": judge(deltas[:, None])[0]}
 
 
 # ---- say ---------------------------------------------------------------------------------------------------
 
-def interval(low: float, high: float) -> str:
+def span(low: float, high: float) -> str:
     return f"[{low:+.4f}, {high:+.4f}]"
 
 
 def text_of_round(result: dict, p_in_words: str) -> str:
     """One round's report for a terminal."""
     S = len(result["seeds"])
-    length = "" if result["standin"] else f", L={result['L']}"
+    length = "" if result["standin"] else f", L={result['settings']['max_prompt']}"
     lines = [f"{result['round']}: {result['title']}{length}; {S} seed{'s' * (S > 1)} on {result['examples']} "
-             "questions"]
-    lines += [f"  {label}" for label in result["labels"] + result["notes"]]
-    lines.append("  metric seed     step    no_fs  prompt_fs        d  95% interval, over questions")
+             "questions", *result["labels"], *result["notes"],
+             "metric seed     step    no_fs  prompt_fs        d  95% interval, over questions"]
     # the stand-in's answers, a token each, have nothing but accuracy and loss; ARC's F1 is its EM
     shown = METRICS[:2] if result["standin"] else METRICS[:3] if result["task"] == "arc" else METRICS
     for metric in shown:
         for line in result["per_seed"]:
-            value = line[metric]
-            steps = "/".join(map(str, dict.fromkeys(line["steps"])))    # one number if they agree
-            lines.append(f"  {metric:<6} {line['seed']:<5} {steps:>7} {value['no_fs']:>8.4f} "
-                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  "
-                         f"{interval(value['low'], value['high'])}")
+            value, steps = line[metric], "/".join(map(str, dict.fromkeys(line["steps"])))
+            lines.append(f"{metric:<6} {line['seed']:<5} {steps:>7} {value['no_fs']:>8.4f} "
+                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  {span(value['low'], value['high'])}")
+        over = result["over_seeds"][metric]
         if S > 1:
-            over = result["over_seeds"][metric]
-            lines.append(f"  {metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) "
-                         f"{over['signs']}")
-    verdict = result["verdict"]
-    if S < MIN_SEEDS:
-        verdict += f": {S} of the {MIN_SEEDS} seeds that a verdict needs"
-    else:
-        lines.append(f"  d_acc of the typical seed: median {result['median']:+.4f} "
-                     f"{interval(result['low'], result['high'])}; sign test over seeds {p_in_words}")
+            lines.append(f"{metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) {over['signs']}")
+    if S >= MIN_SEEDS:
         share, low, high = result["gain"]
-        lines.append(f"  a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]")
-    lines.append(f"  verdict on d_acc: {verdict}")
+        lines += [f"d_acc of the typical seed: median {result['median']:+.4f} {span(*result['interval'])}; "
+                  f"sign test over seeds {p_in_words}",
+                  f"a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]",
+                  f"verdict on d_acc: {result['verdict']}"]
+    else:
+        lines.append(f"verdict on d_acc: {result['verdict']}: {S} of the {MIN_SEEDS} seeds that a verdict needs")
     if result["standin"]:
         without, with_fs = result["jumped"]
-        lines.append(f"  seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
+        lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
                      f"{with_fs} of {S}; exact paired p {result['p_jumped']:.3f}")
     for control, values in result["controls"].items():
-        shown = " ".join(f"{value:.4f}" for value in values)
-        lines.append(f"  accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: {shown}")
+        lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: "
+                     + " ".join(f"{value:.4f}" for value in values))
     log = result["log"]
     if log:
         real = " (on real records)" if result["standin"] else ""
-        lines.append(f"  the log{real}: d_acc {' '.join(f'{delta:+.4f}' for delta in log['d_acc'])}, mean "
-                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule "
-                     f"{log['verdict']}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"the log{real}: d_acc {' '.join(f'{delta:+.4f}' for delta in log['d_acc'])}, mean "
+                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule {log['verdict']}")
+    return "\n  ".join(lines) + "\n"
 
 
 def text_of(results: list[dict]) -> str:
     """The reports of several rounds. One comparison was registered as the study's question; the p-values of the
-    others count as one family of tests."""
+    others are those of one family of tests."""
     family = [result for result in results if not result["primary"] and len(result["seeds"]) >= MIN_SEEDS]
-    corrected = dict(zip([result["round"] for result in family], holm([result["p"] for result in family])))
+    corrected = dict(zip([id(result) for result in family], holm([result["p"] for result in family])))
     texts = []
     for result in results:
-        words = f"p {result['p']:.4f}, the study's registered question"
-        if not result["primary"]:
-            p = corrected.get(result["round"], 1.0)
-            words = f"p {p:.4f} (Holm, {len(family)} rounds)" if len(family) > 1 else f"p {p:.4f} (exploratory)"
-        texts.append(text_of_round(result, words))
+        kind = f"(Holm, {len(family)} rounds)" if len(family) > 1 else "(exploratory)"
+        p, kind = (result["p"], "(registered)") if result["primary"] else (corrected.get(id(result), 1.0), kind)
+        texts.append(text_of_round(result, f"p {p:.4f} {kind}"))
     return "\n".join(texts)
 
 
 def text_of_log(rounds: list[Round]) -> str:
     """The log's table, recomputed from its per-seed numbers."""
-    lines = ["round  d_acc by seed                             mean     std     +/0/-  as logged  "
-             "by our rule; the log's words"]
+    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; the log's "
+             "words"]
     for recipe in rounds:
         log = log_numbers(recipe)
-        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
-        mean, std = log["recomputed"]
+        deltas, (mean, std) = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
         lines.append(f"{recipe.name:<5}  {deltas:<40}  {mean:+.4f}  {std:.4f}  {log['signs']}  "
                      f"{'yes' if log['as_logged'] else 'NO':<9}  {log['verdict']}; \"{log['status']}\"")
     return "\n".join(lines) + "\n"
 
 
-def report(recipe: Round, runs_dir: str | Path) -> tuple[dict, str]:
-    """The report on a round's finished seeds, also written into runs_dir under the log's file name."""
-    folder = Path(runs_dir) / recipe.name
-    name = recipe.log.summary if recipe.log else f"_summary_{recipe.name}.txt"
+def report(recipe: Round, folder: Path) -> tuple[dict, str]:
+    """The report on the finished seeds in a round's folder, also written beside it under the log's file name."""
+    name = recipe.log["summary"] if recipe.log else f"_summary_{recipe.name}.txt"
     with locked(folder, wait=True):    # or of two processes the one that knew less might write last
         result = analyse(read_round(folder), recipe)
         text = text_of([result])
@@ -329,73 +305,33 @@ def report(recipe: Round, runs_dir: str | Path) -> tuple[dict, str]:
 def explain(result: dict, seed: int, validation: list[Example], tokenizer, folder: Path) -> str:
     """A seed on the stand-in in plain words: what was asked, what came out, what that does and does not say."""
     s = result["seeds"].index(seed)
-    acc, off = result["per_seed"][s]["acc"], result["controls"]["off"][s]
+    acc, off, settings = result["per_seed"][s]["acc"], result["controls"]["off"][s], result["settings"]
     answers = []
     for arm in ARMS:
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
         answers.append([json.loads(line)["text"].strip() for line in lines])
     differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
-    lines = [f"Seed {seed} in words. {len(validation)} questions on {result['facts']} facts each; picking a fact at random "
-             f"is right {result['chance']:.0%} of the time.",
-             f"  Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
-             f"  The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
+    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact picked at "
+             f"random is right {result['chance']:.0%} of the time.",
+             f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
+             f"The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
     for i in differ[:4]:
         question = " ".join(tokenizer.decode(validation[i].prompt).replace("\n\n", ", ").split())
-        lines += [f"    {question}",
-                  f"      right is {validation[i].text}; no_fs says {answers[0][i]}, prompt_fs says {answers[1][i]}"]
-    lines.append(f"  With its seed states switched off after training, prompt_fs answers {off:.0%} right.")
+        lines += [f"  {question}", f"    right is {validation[i].text}; no_fs says {answers[0][i]}, prompt_fs says "
+                  f"{answers[1][i]}"]
+    lines.append(f"With its seed states switched off after training, prompt_fs answers {off:.0%} right.")
     if abs(acc["prompt_fs"] - off) < EFFECT:
-        lines += [f"  So it does not use them: in this round their gate is {result['gate']:.3f} from layer "
-                  f"{result['layer_start']} on.",
-                  f"  To see Future-Seed at work in the same time: python train.py --round {SHOWN} --seed {seed}"]
+        gate = 1 / (1 + math.exp(-settings["alpha_init"]))
+        lines += [f"So it does not use them. In this round their gate {'starts at' if settings['alpha_lr'] else 'is'} "
+                  f"{gate:.3f}, from layer {settings['fs_layer_start']} on.",
+                  f"Future-Seed at work, in the same time: python train.py --round {SHOWN} --seed {seed}"]
     else:
-        lines.append("  So it answers by way of them.")
-    lines += [f"  One seed decides nothing, for another may learn what this one missed: a verdict needs {MIN_SEEDS}, as "
-              f"with --seeds 0-{MIN_SEEDS - 1}.",
-              f"  To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'"
-              + tokenizer.decode(validation[0].prompt).replace("\n", "\\n") + "'"]
-    return "\n".join(lines)
-
-
-def draw(results: list[dict], path: Path) -> None:
-    """A row a round: every seed's accuracy in both arms, joined, and with its seed states switched off; then
-    every seed's d_acc and, from MIN_SEEDS on, the interval of the verdict. Real rounds and rounds on the
-    stand-in are drawn apart."""
-    groups = [[result for result in results if result["standin"] == made_up] for made_up in (False, True)]
-    groups = [group for group in groups if group]
-    heights = [1.2 + 0.5 * len(group) for group in groups]
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    for part, group in zip(np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=heights)), groups):
-        left, right = part.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
-        for place, result in enumerate(group):
-            accs = [line["acc"] for line in result["per_seed"]]
-            for acc in accs:
-                left.plot([acc["no_fs"], acc["prompt_fs"]], [place - 0.2, place], color="0.8", linewidth=0.8)
-            marks = [("no_fs", "o", "tab:gray", -0.2, [acc["no_fs"] for acc in accs]),
-                     ("prompt_fs", "D", "tab:orange", 0.0, [acc["prompt_fs"] for acc in accs]),
-                     ("prompt_fs, its seed states off", "x", "tab:blue", 0.2, result["controls"].get("off", []))]
-            for name, mark, colour, shift, values in marks:
-                left.plot(values, [place + shift] * len(values), mark, color=colour, markersize=5, alpha=0.7,
-                          label=None if place else name)
-            if result["standin"]:
-                left.plot([result["chance"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
-                          label=None if place else "a fact picked at random")
-            right.plot([acc["d"] for acc in accs], [place] * len(accs), "D", color="tab:orange", markersize=4,
-                       alpha=0.7)
-            if len(accs) >= MIN_SEEDS:
-                right.plot([result["low"], result["high"]], [place + 0.2] * 2, color="black", linewidth=2)
-        names = ["\n".join([f"{result['round']}: {result['title']}", *result["labels"][result["standin"]:]])
-                 for result in group]
-        left.set_yticks(range(len(group)), names, fontsize=8)
-        left.set_ylim(len(group) - 0.4, -0.6)
-        left.set_xlim(0, 1.02)
-        left.set_xlabel("token accuracy, a mark a seed" + " (ON THE STAND-IN)" * group[0]["standin"])
-        right.axvspan(-EFFECT, EFFECT, color="black", alpha=0.06, linewidth=0)
-        right.axvline(0, color="black", linewidth=0.8)
-        right.set_xlabel(f"d_acc by seed; bar: 95% interval of the typical seed, from {MIN_SEEDS} seeds on")
-        left.legend(fontsize=7, loc="lower left")
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix[1:])
+        lines.append("So it answers by way of them.")
+    prompt = tokenizer.decode(validation[0].prompt).replace("\n", "\\n")
+    lines += [f"One seed decides nothing, for another may learn what this one missed. A verdict needs {MIN_SEEDS}: "
+              f"--seeds 0-{MIN_SEEDS - 1}",
+              f"To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'{prompt}'"]
+    return "\n  ".join(lines)
 
 
 # ---- ask ---------------------------------------------------------------------------------------------------
@@ -444,7 +380,7 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
 
 EXAMPLES = f"""examples:
   python eval.py R8                         one round, every finished seed in runs/
-  python eval.py --all --plot report.png    every round found, and a figure (needs matplotlib)
+  python eval.py --all                      every round found
   python eval.py S20 --runs runs/standin    rounds that ran on the stand-in; --json for programs
   python eval.py --log                      the log's own table, recomputed
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
@@ -463,7 +399,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--runs", type=Path, metavar="DIR", help="where they are (default: runs, else runs/standin)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
-    option("--plot", type=Path, metavar="FILE", help="draw a figure too: .png, .svg or .pdf")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
     option("--checkpoint", metavar="PATH", help="the model to ask, as in runs/R8/seed1/prompt_fs/model.pth")
@@ -475,10 +410,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--ask TEXT and --checkpoint PATH go together")
     if not (args.rounds or args.all or args.log or args.ask is not None):
         parser.error("name a round, or give --all, --log or --ask (see --help)")
-    if args.plot and Figure is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot {args.plot}: must end in .png, .svg or .pdf")
     return args
 
 
@@ -507,8 +438,6 @@ def print_reports(args: argparse.Namespace) -> int:
         print(json.dumps({"rounds": results}, indent=1))
     else:
         print(text_of(results), end="")
-    if args.plot and results:
-        draw(results, args.plot)
     return 2 if failed else 0
 
 

@@ -158,31 +158,28 @@ def clear(folder: Path, arms: list[str]) -> None:
 
 # ---- what a run is -----------------------------------------------------------------------------------------
 
-class AnotherRun(ValueError):
-    """What is on the disk is not the run that was asked for."""
-
-
-def differences(a, b, name: str = ""):
-    """Every place where two nested dicts differ: its name, as in settings.lr, and the two values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in {**a, **b}:
-            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-    elif a != b:
-        yield name, a, b
+def leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
+    """A nested dict's values with their names, as ("settings.lr", 1e-5)."""
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from leaves(inner, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", inner
 
 
 def in_words(there: dict, here: dict, most: int = 3) -> str:
-    """The first of these, as `settings.lr: 1e-05 there, 3e-05 here`; "" where there are none."""
-    found = list(differences(there, json.loads(json.dumps(here))))
-    shown = [f"{name}: {str(old)[:24]} there, {str(new)[:24]} here" for name, old, new in found[:most]]
-    return "; ".join(shown + [f"and {len(found) - most} more"] * (len(found) > most))
+    """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
+    old, new = dict(leaves(there)), dict(leaves(json.loads(json.dumps(here))))
+    found = [f"{name}: {str(old.get(name))[:24]} there, {str(new.get(name))[:24]} here"
+             for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(found[:most] + [f"and {len(found) - most} more"] * (len(found) > most))
 
 
 def refuse_another(place: Path, found: dict, wanted: dict) -> None:
-    """Raises AnotherRun unless what was found on the disk has all that the wanted run's identity says."""
+    """Raises ValueError unless what was found on the disk has all that the wanted run's identity says."""
     other = in_words({key: found.get(key) for key in wanted}, wanted)
     if other:
-        raise AnotherRun(f"{place} holds another run ({other}); --fresh replaces it, --runs DIR keeps both")
+        raise ValueError(f"{place} holds another run ({other}); --fresh replaces it, --runs DIR keeps both")
 
 
 @contextlib.contextmanager
@@ -211,7 +208,7 @@ def read_run(folder: Path) -> dict:
 
 
 def status_of(folder: Path, identity: dict) -> str:
-    """An arm's status: absent, running or done. Raises AnotherRun where it is another run's."""
+    """An arm's status: absent, running or done. Raises ValueError where it is another run's."""
     if not (folder / "run.json").exists():
         return "absent"
     run = read_run(folder)
@@ -220,38 +217,31 @@ def status_of(folder: Path, identity: dict) -> str:
 
 
 def twin_key(identity: dict, surroundings: dict) -> str:
-    """A hash of all that decides an arm's bits: not the round's name nor, in no_fs, its Future-Seed."""
-    settings = {key: value for key, value in identity["settings"].items()
-                if identity["arm"] != "no_fs" or not key.startswith(("fs_", "alpha_"))}
+    """A hash of all that decides the bits of an arm without Future-Seed, whatever its round is called."""
+    settings = {key: value for key, value in identity["settings"].items() if not key.startswith(("fs_", "alpha_"))}
     decisive = {**identity, **surroundings, "round": None, "settings": settings, "from_step": None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
-    """Take over the same arm of another round, whole, and return whether there is one: R6 and R8 share no_fs.
+    """Take over another round's no_fs, if it is the same and whole, as R8 does R6's. Returns whether there was one.
 
     Budgets in minutes depend on the clock and have no twins, nor has what was resumed in other surroundings.
     """
-    seed, arm = folder.parts[-2:]
-    temporary = folder.with_name(f".{arm}.twincopy")
-    for path in sorted(folder.parents[2].glob(f"*/{seed}/{arm}")) if identity["minutes"] is None else ():
-        try:
+    temporary = folder.with_name(".no_fs.twincopy")
+    shutil.rmtree(temporary, ignore_errors=True)
+    twins = folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")
+    for path in sorted(twins) if identity["minutes"] is None and folder.name == "no_fs" else ():
+        with contextlib.suppress(ValueError, OSError):    # damaged, or being deleted: its own round will complain
             run = read_run(path)
-            if run["status"] != "done" or run.get("twin") != twin or len(run["history"]) > 1:
-                continue
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(path, temporary)
-            files = ("model.pth",) if arm == "no_fs" else ("model.pth", "fs.pth", "controls.jsonl")
-            whole = run["steps"] in read_records(temporary / "records.jsonl")
-            if whole and all((temporary / name).exists() for name in files):
-                write_run(temporary, {**run, **identity, "copied_from": run["round"]})
-                temporary.rename(folder)
-                say(f"{folder}: the same run as {path}, copied from there")
-                return True
-        except (ValueError, OSError):
-            continue    # damaged, or just being deleted: its own round will complain
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:
+                shutil.copytree(path, temporary)
+                if run["steps"] in read_records(temporary / "records.jsonl") and (temporary / "model.pth").exists():
+                    write_run(temporary, {**run, **identity, "copied_from": run["round"]})
+                    temporary.rename(folder)
+                    say(f"{folder}: the same run as {path}, copied from there")
+                    return True
+        shutil.rmtree(temporary, ignore_errors=True)
     return False
 
 
@@ -342,14 +332,13 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
     for seed, (runs, last, _) in found.items():
         unlike = in_words(same_of(first[0], True), same_of(runs[0], True))
         if unlike or sorted(last[0]) != ids:
-            unlike = unlike or "they were scored on different examples"
-            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared: {unlike}; run both "
-                             "alike, or keep them apart with --runs DIR")
-    for key in ("code", "machine"):
-        values = [entry.get(key) for runs, _, _ in found.values() for run in runs for entry in run["history"]]
-        other = next((value for value in values if value != values[0]), None)
-        if other is not None:
-            notes.append(f"not all on the same {key}: {in_words({key: values[0]}, {key: other})}")
+            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared "
+                             f"({unlike or 'other questions'}); run both alike, or keep them apart with --runs DIR")
+        for run in runs:
+            for entry in run["history"]:
+                other = in_words({**first[0]["history"][0], "from_step": None}, {**entry, "from_step": None})
+                if other and not any(note.startswith("ran") for note in notes):
+                    notes.append(f"ran on more than one machine or code: {other}")
     return Runs(
         seeds=list(found),
         steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],

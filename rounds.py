@@ -12,27 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROUNDS_FILE = Path(__file__).resolve().with_name("rounds.toml")
-ORDERS = ("context_first", "question_first", "both_ends", "twice")    # see data.arrange
 CHOICES = {
     "task": ("arc", "hotpotqa"),
-    "order": ORDERS,
+    "order": ("context_first", "question_first", "both_ends", "twice"),
     "fs_alpha_schedule": ("none", "linear", "cosine"),
     "fs_gate": ("scalar", "head", "heads", "input"),
 }
-AT_LEAST_ONE = ("max_prompt", "max_answer", "n_train", "batch_size", "eval_every")
-
-
-@dataclass(frozen=True)
-class Log:
-    """What the experiment log reported for a round; d_acc is prompt_fs minus no_fs, a number a seed."""
-
-    script: str
-    summary: str               # file name of its summary, which a round here keeps
-    d_acc: tuple[float, ...]
-    mean: float
-    std: float                 # of the population, as everywhere in the log
-    d_loss: float
-    status: str                # the log's verdict, in its words
+LEAST = {"n_val": 2, "max_prompt": 1, "max_answer": 1, "n_train": 1, "batch_size": 1, "eval_every": 1}
+LOG_KEYS = ("script", "summary", "d_acc", "mean", "std", "d_loss", "status")
 
 
 @dataclass(frozen=True)
@@ -42,12 +29,11 @@ class Round:
     name: str
     title: str
     task: str                  # "arc" or "hotpotqa"
-    order: str                 # of question and context (ARC: options) in the prompt, one of ORDERS
+    order: str                 # of question and context (ARC: options) in the prompt, see data.arrange
     seeds: tuple[int, ...] = (0, 1, 2)    # the log's; a run's seed draws its batches
     primary: bool = False      # the one comparison of the study that was registered as its question
     base: str = "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
 
-    # questions
     max_prompt: int = 512      # longer prompts keep their last tokens
     min_prompt: int = 0        # shorter prompts are left out
     max_answer: int = 8        # longer answers keep their first tokens
@@ -56,7 +42,6 @@ class Round:
     data_seed: int = 0         # draws the training questions
     validation_seed: int = 1234
 
-    # training
     batch_size: int = 8
     micro_batch_size: int = 0  # rows at once, the gradient summed over pieces; 0 for the whole batch
     checkpoint_activations: bool = False    # recompute blocks in the backward: less memory, more time
@@ -92,20 +77,11 @@ class Round:
     rehearsal: float = 0.25
     channels: int = 48
 
-    log: Log | None = None
-
-    def __post_init__(self):
-        for key, kind in SETTINGS.items():
-            least = 2 if key == "n_val" else int(key in AT_LEAST_ONE)    # a difference needs two questions
-            if kind is int and getattr(self, key) < least:
-                raise ValueError(f"{self.name}: {key} = {getattr(self, key)}: must be {least} or more")
+    log: dict | None = None    # LOG_KEYS: d_acc is prompt_fs minus no_fs by seed, std that of the population
 
     def settings(self) -> dict:
         """All that decides a run but its seed, as plain JSON values."""
-        values = {key: getattr(self, key) for key in SETTINGS}
-        for key in ("title", "seeds", "primary"):
-            del values[key]
-        return values
+        return {key: getattr(self, key) for key in SETTINGS if key not in ("title", "seeds", "primary")}
 
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
@@ -121,22 +97,23 @@ class Round:
 SETTINGS = {field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")}
 
 
-def checked(key: str, value, kinds: dict[str, type], where: str):
-    """`value` as the type that `key` has in `kinds`; ValueError in one line where it is none, or no setting."""
-    if key not in kinds:
-        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(kinds)}")
-    kind = kinds[key]
-    if kind is float and type(value) is int:
+def checked(key: str, value, where: str):
+    """A setting's value, of its type; ValueError in one line where it is none, or no setting."""
+    if key not in SETTINGS:
+        raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
+    kind = SETTINGS[key]
+    if kind is float and type(value) is int and abs(value) < 1e38:
         value = float(value)
-    if kind in (tuple[int, ...], tuple[float, ...]) and type(value) is list:
-        return tuple(checked(key, item, {key: kind.__args__[0]}, where) for item in value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    is_seeds = key == "seeds" and type(value) is list and all(type(seed) is int for seed in value)
+    if type(value) is not kind and not is_seeds:
+        raise ValueError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r:.80}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-    if kind is float and not abs(value) < 1e38:
-        raise ValueError(f"{where}: {key} must be a number that fp32 can hold, not {value!r}")
-    return value
+    if kind is float and not abs(value) < 1e38:    # what fp32 can hold
+        raise ValueError(f"{where}: {key} must be a number, not {value!r}")
+    if kind is int and value < LEAST.get(key, 0):
+        raise ValueError(f"{where}: {key} must be {LEAST.get(key, 0)} or more, not {value}")
+    return tuple(value) if is_seeds else value
 
 
 def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[str, Round]]:
@@ -156,28 +133,22 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
         where = f"{path}, [{name}]"
         if not isinstance(table, dict):
             raise ValueError(f"{where}: {table!r} is not a round")
-        parent = table.pop("inherits", None)
+        parent, log = table.pop("inherits", None), table.pop("log", None)
         if parent is not None and parent not in settings:
             raise ValueError(f"{where}: inherits = {parent!r}: no round above has this name")
-        log = table.pop("log", None)
-        own = {key: checked(key, value, SETTINGS, where) for key, value in table.items()}
+        if log is not None and tuple(log) != LOG_KEYS:
+            raise ValueError(f"{where}: log must hold {', '.join(LOG_KEYS)}, in this order")
+        own = {key: checked(key, value, where) for key, value in table.items()}
         settings[name] = {**settings.get(parent, {}), "primary": False, **own}
         try:
-            rounds[name] = Round(name=name, log=log and read_log(log, where), **settings[name])
+            rounds[name] = Round(name=name, log=log, **settings[name])
         except TypeError as error:    # a setting without a default is missing
             raise ValueError(f"{where}: {error}") from error
         overlay = {**standin, **standin.get(rounds[name].task, {})}
-        small = {key: checked(key, value, SETTINGS, f"{path}, [standin]")
-                 for key, value in overlay.items() if not isinstance(value, dict)}
+        small = {key: checked(key, value, f"{path}, [standin]") for key, value in overlay.items()
+                 if key not in CHOICES["task"]}
         miniatures[name] = dataclasses.replace(rounds[name], **small)
     return rounds, miniatures
-
-
-def read_log(table: dict, where: str) -> Log:
-    kinds = {field.name: field.type for field in dataclasses.fields(Log)}
-    if set(table) != set(kinds):
-        raise ValueError(f"{where}: log must hold {', '.join(kinds)}, no more and no less")
-    return Log(**{key: checked(key, value, kinds, where) for key, value in table.items()})
 
 
 def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
@@ -185,9 +156,9 @@ def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
     expanded = []
     for wanted in names:
         found = [name for name in rounds if re.fullmatch(f"{re.escape(wanted)}[a-z]?", name, re.IGNORECASE)]
-        exact = [name for name in found if name.lower() == wanted.lower()]
         if not found:
             raise ValueError(f"no round is called {wanted!r}; the rounds are {', '.join(rounds)}")
+        exact = [name for name in found if name.lower() == wanted.lower()]
         expanded += exact or found
     return list(dict.fromkeys(expanded))
 
@@ -215,5 +186,5 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
             value = text
-        changes[key] = checked(key, value, SETTINGS, f"--set {pair}")
+        changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)

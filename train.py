@@ -12,9 +12,9 @@ A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm i
     run.json         what the run is: settings, base, data; on which machine and code; how far it is
     metrics.jsonl    a line a step (train_loss) and a line an evaluation
     records.jsonl    a line an example and evaluation: all that eval.py needs
-    controls.jsonl   prompt_fs, at the end: the same, its seed states switched off or made from a wrong prompt
+    controls.jsonl   prompt_fs, at the end: the same, its seed states switched off or from a wrong prompt
     checkpoint.pt    while it runs: all that is needed to go on
-    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own parameters
+    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
 
 Reading order: what was asked, what it takes, one arm, what is kept on the disk, the verdict.
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
@@ -39,8 +39,8 @@ import torch.nn as nn
 import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
 from eval import CONTROLS, explain, means_of, report, score, words_of
-from files import (ARMS, AnotherRun, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run,
-                   refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
+from files import (ARMS, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run, refuse_another,
+                   save_tensors, say, status_of, twin_key, write_lines, write_run)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -49,10 +49,10 @@ from tokenizer import Tokenizer
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-# a hash of all files whose code decides a run's numbers
-DECISIVE = ("model.py", "wkv.py", "wkv_cuda.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py", "standin.py",
-            "rounds.py", "train.py", "eval.py")
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DECISIVE)).hexdigest()[:16]
+# a hash of the code that decides a run's numbers
+DECISIVE = ("model.py", "wkv.py", "wkv_cuda.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py",
+            "standin.py", "rounds.py", "train.py", "eval.py")
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DECISIVE)).hexdigest()
 
 
 # ---- what was asked ----------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def list_rounds(runs_dir: Path) -> None:
               f"{' trained' * (recipe.alpha_lr > 0)} from layer {recipe.fs_layer_start}, schedule "
               f"{recipe.fs_alpha_schedule}{', not detached' * (not recipe.fs_detach)}")
         if recipe.log:
-            deltas = " ".join(f"{delta:+.4f}" for delta in recipe.log.d_acc)
-            print(f"    the log: d_acc {deltas}; {recipe.log.status}")
+            deltas = " ".join(f"{delta:+.4f}" for delta in recipe.log["d_acc"])
+            print(f"    the log: d_acc {deltas}; {recipe.log['status']}")
         for path in sorted([*runs_dir.glob(f"{name}/seed*/*/run.json"),
                             *runs_dir.glob(f"standin/{name}/seed*/*/run.json")]):
             try:
@@ -162,13 +162,13 @@ class Job:
         """What a run should not depend on, but for its last bits."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         machine = {"device": gpu or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(),
-                   "threads": torch.get_num_threads(), "torch": torch.__version__,
+                   "threads": torch.get_num_threads(), "torch": str(torch.__version__),
                    "python": platform.python_version()}
-        return {"code": CODE, "machine": machine}
+        return {"code": CODE[:16], "machine": machine}
 
 
 def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) -> tuple[RWKV7, str]:
-    """The base that --base names, or the round's own, downloaded into the assets folder if need be; its name."""
+    """The base that --base names, or the round's own, downloaded if need be; and its name."""
     fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice or "")
     if fresh:
         layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
@@ -183,7 +183,8 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
 
 
 def real_material(recipe: Round, args: argparse.Namespace) -> dict:
-    """What Job needs of the publishers' data and base. FileNotFoundError, a line a file, where they cannot be had."""
+    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file, if they are not there
+    and cannot be had."""
     rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
                  max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
     found, missing = [], []
@@ -230,18 +231,17 @@ def announce(recipe: Round, real: Round, reason: str, arms: list[str], args: arg
     """What is about to happen, before the first slow thing; with a reason, in miniature."""
     lines = [f"{recipe.name}: {recipe.title}"]
     if reason:
-        lines += [f"  ON THE STAND-IN, in miniature: {reason}",
-                  f"  made-up questions of {recipe.facts} facts, a tiny base that is trained here first, numbers of "
-                  "their own"]
+        lines += [f"ON THE STAND-IN, in miniature: {reason}",
+                  f"made-up questions of {recipe.facts} facts; a tiny base, trained here first; numbers of their own"]
     if args.device == "cpu" and args.base is None:
-        took = "the real round would take" if reason else "this will take"
-        lines.append(f"  {took} about {duration(3600 * real_hours(real, arms))} a seed on this CPU"
-                     + "; --real runs it" * bool(reason))
+        hours = duration(3600 * real_hours(real, arms))
+        lines.append(f"the real round would take about {hours} a seed on this CPU; --real runs it" if reason
+                     else f"this takes about {hours} a seed on this CPU")
     budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
-    lines += [f"  to do: {' and '.join(arms)}, {budget} of {recipe.batch_size} questions each, scored on "
+    lines += [f"to do: {' and '.join(arms)}, {budget} of {recipe.batch_size} questions each, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
-              f"  on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
-    say("\n".join(lines))
+              f"on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
+    say("\n  ".join(lines))
 
 
 def real_hours(recipe: Round, arms: list[str]) -> float:
@@ -355,9 +355,8 @@ class Arm:
     def finite(self, loss: float, what: str) -> None:
         """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
         if not loss < float("inf"):
-            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
-            raise ValueError(f"{self.name}: {what} is {loss}; {kept}; a lower lr may help, as in --set "
-                             f"lr={self.job.recipe.lr / 3:.1g}")
+            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may help, as in "
+                             f"--set lr={self.job.recipe.lr / 3:.1g}")
 
     def read_losses(self) -> None:
         """Bring the losses since the last call from the device."""
@@ -400,56 +399,46 @@ class Arm:
             return self.ledger.step >= self.job.recipe.steps
         return self.ledger.seconds >= 60 * self.job.minutes
 
-    def has_checkpoint(self) -> bool:
-        return (self.folder / "checkpoint.pt").exists()
-
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if there is one. ValueError where it is damaged or another run's."""
-        if self.has_checkpoint():
-            path = self.folder / "checkpoint.pt"
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                refuse_another(path, saved["identity"], self.identity)
-                self.model.load_state_dict(saved["model"])
-                if self.fs is not None:
-                    self.fs.load_state_dict(saved["fs"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.ledger = Ledger(**saved["ledger"])
-            except AnotherRun:
-                raise
+                identity, self.ledger = saved["identity"], Ledger(**saved["ledger"])
             except Exception as error:    # a damaged file raises half a dozen types
                 raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); use --fresh to start "
                                  "over") from error
+            refuse_another(path, identity, self.identity)
+            self.model.load_state_dict(saved["model"])
+            if self.fs is not None:
+                self.fs.load_state_dict(saved["fs"])
+            self.optimizer.load_state_dict(saved["optimizer"])
             say(f"{self.name}: going on from step {self.ledger.step}")
-        here = self.job.surroundings()
-        before = {key: self.ledger.history[-1][key] for key in here} if self.ledger.history else None
-        if before not in (None, here):
-            say(f"{self.name}: note, other surroundings than before ({in_words(before, here)}); the last bits may "
-                "differ")
+        here, history = self.job.surroundings(), self.ledger.history
+        before = {key: history[-1][key] for key in here} if history else here
         if before != here:
-            self.ledger.history.append({"from_step": self.ledger.step, **here})
+            say(f"{self.name}: note, not where it ran before ({in_words(before, here)}); the last bits may differ")
+        if before != here or not history:
+            history.append({"from_step": self.ledger.step, **here})
 
-    def save(self) -> None:
+    def save(self, status: str = "running") -> None:
         """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
         self.read_losses()
-        state = {"identity": self.identity, "ledger": vars(self.ledger), "model": self.model.state_dict(),
-                 "fs": self.fs.state_dict() if self.fs is not None else {},
-                 "optimizer": self.optimizer.state_dict()}
         try:
-            save_tensors(state, self.folder / "checkpoint.pt")
-            self.write_files("running")
+            if status == "running":
+                save_tensors({"identity": self.identity, "ledger": vars(self.ledger),
+                              "model": self.model.state_dict(), "fs": self.fs and self.fs.state_dict(),
+                              "optimizer": self.optimizer.state_dict()}, self.folder / "checkpoint.pt")
+            write_lines(self.folder / "metrics.jsonl", self.ledger.metrics)
+            write_lines(self.folder / "records.jsonl", self.ledger.records)
+            write_run(self.folder, {
+                **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
+                "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history,
+            })
         except OSError as error:
-            kept = "the previous checkpoint is kept" if self.has_checkpoint() else "nothing was saved before"
-            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); "
-                          f"{kept}; free some space and run the same command to go on") from error
-
-    def write_files(self, status: str) -> None:
-        write_lines(self.folder / "metrics.jsonl", self.ledger.metrics)
-        write_lines(self.folder / "records.jsonl", self.ledger.records)
-        write_run(self.folder, {
-            **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
-            "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history,
-        })
+            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); what "
+                          "was saved before is kept; free some space and run the same command to go on") from error
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
@@ -458,7 +447,7 @@ class Arm:
             write_lines(self.folder / "controls.jsonl", controls)
             save_tensors({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()},
                          self.folder / "fs.pth")
-        self.write_files("done")
+        self.save("done")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -487,8 +476,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         arm.train_step(batch)
         if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
             arm.read_losses()
-            of = recipe.steps if job.minutes is None else f"as many as {job.minutes:g} minutes allow"
-            progress.line(f"{arm.name}: step {arm.ledger.step} of {of}, loss {arm.ledger.metrics[-1]['train_loss']:.3f}")
+            of = f" of {recipe.steps}" if job.minutes is None else ""
+            progress.line(f"{arm.name}: step {arm.ledger.step}{of}, loss {arm.ledger.metrics[-1]['train_loss']:.3f}")
     arm.save()
     interrupt.patient = False
     controls = [arm.scored(progress, control) for control in CONTROLS if arm.fs is not None]
@@ -513,15 +502,15 @@ def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, 
             clear(folder, arms)
         here = material or standin_material(recipe, seed, args, progress)
         job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, **here)
-        states = {arm: status_of(folder / arm, job.identity(arm)) for arm in arms}    # a refusal comes at once
-        for arm, state in states.items():
+        states = [status_of(folder / arm, job.identity(arm)) for arm in arms]    # so that a refusal comes at once
+        for arm, state in zip(arms, states):
             twin = twin_key(job.identity(arm), job.surroundings())
             if state == "done":
                 say(f"{recipe.name} seed {seed} {arm}: done before; --fresh runs it again")
             elif state == "running" or args.fresh or not copy_twin(folder / arm, job.identity(arm), twin):
                 run_arm(job, arm, progress, interrupt)
         if args.arm == "both":
-            result, text = report(published, runs_dir)
+            result, text = report(published, runs_dir / recipe.name)
             print(text)
             if job.standin:
                 print(explain(result, seed, job.validation, job.tokenizer, folder))
@@ -535,10 +524,8 @@ def reproducible(device: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
         # and on others: sums in AVX-512 end in other bits than in AVX2, and 250 steps make other models of them.
-        # torch and its libraries read these at their first operation
-        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
-        os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+        # torch and its libraries read this at their first operation
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
