@@ -145,7 +145,7 @@ def cubin(architecture: str, N: int, bf16: bool, again: bool = False) -> bytes:
     except (AttributeError, RuntimeError):  # no bindings, or bindings without the library
         raise OSError("NVRTC is missing: pip install cuda-bindings nvidia-cuda-nvrtc") from None
     source, macros = SOURCE.read_bytes(), (f"-DHEAD_SIZE={N}", f"-DINPUT_BF16={int(bf16)}")
-    options = (f"--gpu-architecture={architecture}", "--std=c++17", "-default-device", *macros)
+    options = (f"--gpu-architecture={architecture}", "--std=c++17", *macros)
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wkv7")
     path = Path(os.environ.get("WKV_CACHE") or user_cache, f"{key}.cubin").expanduser()

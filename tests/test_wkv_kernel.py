@@ -376,8 +376,7 @@ def compile_with_nvcc(architecture):
     """The assembler's report."""
     if not shutil.which("nvcc"):
         pytest.skip("needs nvcc")
-    options = [option for option in loader_options(architecture) if option != "-default-device"]
-    command = ["nvcc", "-cubin", *options, "-Xptxas=-v", str(SOURCE), "-o", "/dev/null"]
+    command = ["nvcc", "-cubin", *loader_options(architecture), "-Xptxas=-v", str(SOURCE), "-o", "/dev/null"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stderr + ran.stdout
@@ -398,12 +397,11 @@ def check_resources(log, architecture):
     assert sorted(found) == sorted(KERNELS)
     for kernel in ("wkv_forward", "wkv_backward_chain", "wkv_backward"):
         registers, spilled = found[kernel]
-        # the newest assemblers' choice of registers leaves a few bytes outside the chunk's arithmetic;
-        # elsewhere none
-        assert spilled <= (64 if architecture in ("100", "120") else 0), f"{kernel} spills {spilled} bytes"
-        # an SM has 65536 registers, given to warps in lots of 256: 4 blocks of 4 warps, or 2 of 9 (5 on one
-        # scheduler)
-        assert registers <= (128 if kernel == "wkv_backward" else 96)
+        assert spilled == 0, f"{kernel} spills {spilled} bytes"
+        # where blocks share an SM, they share 65536 registers, given to warps in lots of 256: 4 blocks of 4
+        # warps, or 2 of 9 (5 on one scheduler)
+        if architecture in ("90", "100"):
+            assert registers <= (128 if kernel == "wkv_backward" else 96)
 
 
 @pytest.mark.parametrize("architecture", ("80", "90", "120"))
