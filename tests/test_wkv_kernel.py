@@ -477,17 +477,16 @@ def resources(log):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_everywhere_within_its_registers(compiled, architecture):
-    """Catches code that an architecture rejects, spills, registers that keep blocks from sharing an SM."""
+    """Catches code that an architecture rejects, any spill, registers that keep blocks from sharing an SM."""
     found = resources(compiled(architecture)[0])
     assert sorted(found) == sorted(KERNELS)
     for kernel in ("wkv_forward", "wkv_backward_chain", "wkv_backward"):
         registers, spilled = found[kernel]
-        # the newest assemblers' choice of registers leaves a few bytes outside the chunk's arithmetic;
-        # elsewhere none
-        assert spilled <= (64 if architecture in ("100", "120") else 0), f"{kernel} spills {spilled} bytes"
-        # an SM has 65536 registers, given to warps in lots of 256: 4 blocks of 4 warps, or 2 of 9 (5 on one
-        # scheduler)
-        assert registers <= (128 if kernel == "wkv_backward" else 96)
+        assert spilled == 0, f"{kernel} spills {spilled} bytes"
+        # where blocks share an SM, they share 65536 registers, given to warps in lots of 256: 4 blocks of 4
+        # warps, or 2 of 9 (5 on one scheduler)
+        if architecture in ("90", "100"):
+            assert registers <= (128 if kernel == "wkv_backward" else 96)
 
 
 def test_barriers_a_chunk(compiled):
