@@ -43,6 +43,11 @@ constexpr int L = 16;
 constexpr int TILES = N / 16;           // 16 x 16 tiles along a row of N
 constexpr int ROW = N + 8;              // a row of N in shared memory, longer: 8 rows lie in different banks
 constexpr int SMALL = L + 8;            // the same for a row of an L x L matrix
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr bool SHARING = N <= 64;       // an SM has 228 KB of shared memory: several blocks share it
+#else
+constexpr bool SHARING = false;         // it has 100 or 164 KB: a block may take the registers of two
+#endif
 static_assert(N == 16 || N == 32 || N == 64 || N == 128, "HEAD_SIZE must be 16, 32, 64 or 128");
 
 typedef unsigned short bf16;            // the upper half of an fp32
@@ -118,8 +123,8 @@ DEVICE void store_two(bf16* to, float x, float y) { *(unsigned*)to = pack(x, y);
 
 // A warp holds a 16 x 16 tile in registers, 8 numbers a lane: number i in row row_of(i), column column_of(i).
 // A Sum is fp32, where products add up. A Left is bf16, numbers 2i and 2i + 1 in word i: the left factor of
-// a product; a Right is the right one. Rounding a Sum gives a Left with nothing moved between lanes, and the
-// words of a Left, 1 and 2 swapped, are the Right of its transpose: results flow into products in registers.
+// a product. Rounding a Sum gives a Left with nothing moved between lanes. A Right is the right factor: the
+// same four 8 x 8 blocks, each transposed, so that a result becomes one in registers too.
 struct Sum { float x[8]; };
 struct Left { unsigned x[4]; };
 struct Right { unsigned x[4]; };
@@ -129,26 +134,38 @@ DEVICE int row_of(int i) { return lane() / 4 + i / 2 % 2 * 8; }
 DEVICE int column_of(int i) { return lane() % 4 * 2 + i / 4 * 8 + i % 2; }
 DEVICE float number(const Left& t, int i) { return i % 2 ? high_half(t.x[i / 2]) : low_half(t.x[i / 2]); }
 
-// the tile at m in shared memory, rows `row` apart, as it lies, and transposed
-DEVICE Left left(const bf16* m, int row) {
-    Left t;
-    load_blocks<false>(t.x, m + lane() % 16 * row + lane() / 16 * 8);
+// The tile at m in shared memory, rows `row` apart, as it lies, and transposed. Blocks are named in the order
+// in which mma wants them: moving words between registers afterwards would cost more.
+template <bool TRANSPOSED, typename Factor> DEVICE Factor load_factor(const bf16* row) {
+    Factor t;
+    load_blocks<TRANSPOSED>(t.x, row);
     return t;
+}
+DEVICE Left left(const bf16* m, int row) {
+    return load_factor<false, Left>(m + lane() % 16 * row + lane() / 16 * 8);
 }
 DEVICE Left left_transposed(const bf16* m, int row) {
-    Left t;
-    load_blocks<true>(t.x, m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
-    return t;
+    return load_factor<true, Left>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
+}
+DEVICE Right right(const bf16* m, int row) {
+    return load_factor<true, Right>(m + lane() % 16 * row + lane() / 16 * 8);
+}
+DEVICE Right right_transposed(const bf16* m, int row) {
+    return load_factor<false, Right>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
 }
 
-// X as a right factor, of X' as a left one
-DEVICE Right flip(const Left& t) { return {t.x[0], t.x[2], t.x[1], t.x[3]}; }
-DEVICE Right right(const bf16* m, int row) { return flip(left_transposed(m, row)); }
-DEVICE Right right_transposed(const bf16* m, int row) { return flip(left(m, row)); }
+DEVICE Left load_tile(const uint4* from) {
+    const uint4 x = *from;
+    return {x.x, x.y, x.z, x.w};
+}
 
 DEVICE Left transposed(const Left& t) {
     return {transpose_block(t.x[0]), transpose_block(t.x[2]),
             transpose_block(t.x[1]), transpose_block(t.x[3])};
+}
+DEVICE Right as_right(const Left& t) {
+    return {transpose_block(t.x[0]), transpose_block(t.x[1]),
+            transpose_block(t.x[2]), transpose_block(t.x[3])};
 }
 
 DEVICE Left rounded(const Sum& s) {
@@ -173,10 +190,16 @@ DEVICE void store(bf16* to, int row, const Left& t) {
 }
 
 // its transpose; `rows` are rows as they come to lie
-template <typename Type> DEVICE void store_transposed(Type* to, int row, int rows, const Sum& s) {
+DEVICE void store_transposed(float* to, int row, int rows, const Sum& s) {
     UNROLL for (int i = 0; i < 8; i++)
         if (column_of(i) < rows)
-            store_one(to + column_of(i) * row + row_of(i), s.x[i]);
+            to[column_of(i) * row + row_of(i)] = s.x[i];
+}
+DEVICE void store_transposed(bf16* to, int row, int rows, const Sum& s) {
+    const Left t = transposed(rounded(s));
+    UNROLL for (int i = 0; i < 8; i += 2)
+        if (row_of(i) < rows)
+            *(unsigned*)(to + row_of(i) * row + column_of(i)) = t.x[i / 2];
 }
 
 struct Place {
@@ -244,51 +267,61 @@ enum { RB, RK, INVERSE, AK, GRADIENTS };            // its L x L matrices, M for
 
 typedef bf16 Tensor[L * ROW];
 typedef bf16 Matrix[L * SMALL];
-template <int COUNT> struct Sources { const input* x[COUNT]; const float* log_w; };     // null x: not wanted
+template <int COUNT> struct Sources { const input* x[COUNT]; const float* log_w; };
 template <int COUNT> struct Raw { input x[COUNT][L * N]; float log_w[L * N]; };         // a chunk as it comes
 
-// a chunk to shared memory, with zeros behind the last token; it is there after copy_wait and a barrier
-template <int COUNT> DEVICE void fetch(Raw<COUNT>& to, const Sources<COUNT>& from, const Place& place, int T,
-                                       int chunk, int threads) {
-    const long long first = place.origin + (long long)chunk * L * place.stride;
-    auto fetch_rows = [&](auto* to, const auto* from) {
-        constexpr int WIDTH = 16 / sizeof(*to);
-        for (int i = threadIdx.x; i < L * N / WIDTH; i += threads) {
-            const int t = i / (N / WIDTH);
-            const long long at = first + t * place.stride + i % (N / WIDTH) * WIDTH;
-            copy_async(to + i * WIDTH, from + (chunk * L + t < T ? at : 0), chunk * L + t < T);
-        }
-    };
-    UNROLL for (int i = 0; i < COUNT; i++)
-        if (from.x[i])
-            fetch_rows(to.x[i], from.x[i]);
-    fetch_rows(to.log_w, from.log_w);
+// one of the N / 8 threads that copy a row of N together: 16 bytes of bf16, or twice as much of fp32
+template <typename Type> DEVICE void copy_row(Type* to, const Type* from, int part, bool wanted) {
+    constexpr int WIDTH = 16 / sizeof(Type);
+    UNROLL for (int i = 0; i < 8 / WIDTH; i++) {
+        const int column = (i * (N / 8) + part) * WIDTH;
+        copy_async(to + column, from + column, wanted);
+    }
+}
+
+// Starts to copy a chunk to shared memory, with zeros behind the last token, and k only if KEYS; of a chunk
+// that does not exist, nothing. It is there after copy_wait and a barrier. One index serves all tensors.
+template <bool KEYS, int COUNT>
+DEVICE void fetch(Raw<COUNT>& to, const Sources<COUNT>& from, const Place& place, int T, int chunk,
+                  bool exists, int threads) {
+    for (unsigned i = threadIdx.x; exists && i < L * N / 8; i += threads) {
+        const unsigned t = i / (N / 8);
+        const unsigned part = i % (N / 8);
+        const bool wanted = chunk * L + t < T;
+        const long long at = wanted ? place.origin + (long long)(chunk * L + t) * place.stride : 0;
+        UNROLL for (int n = 0; n < COUNT; n++)
+            if (KEYS || n != K)
+                copy_row(to.x[n] + t * N, from.x[n] + at, part, wanted);
+        copy_row(to.log_w + t * N, from.log_w + at, part, wanted);
+    }
+    copy_commit();
 }
 
 // One warp makes R, A, Bi or Ki of a tensor, two neighbouring columns a lane (v and dy are only rounded). The
-// warp with r also leaves the decays: P_L alone, or P_0 .. P_L.
+// warp with r also leaves the decays: P_L alone, or P_0 .. P_L. All loads come before the first store, which
+// they would have to wait for: it may be to the same address, for all the compiler knows.
 template <bool ALL_DECAYS>
 DEVICE void scale(int tensor, bf16* to, const input* from, const float* log_w, float* decay) {
     const float sign = tensor < B ? 1.4426950f : -1.4426950f;           // 1 / ln 2: powers of two are cheap
+    const float* steps = tensor == A ? log_w - N : log_w;               // A goes by P_{t-1}
     for (int column = lane() * 2; column < N; column += 64) {
-        float2 before = make_float2(0.f, 0.f);                          // log P_{t-1}
         if (ALL_DECAYS && tensor == R)
             store_two(decay + column, 1.f, 1.f);
+        float2 x[L], step[L];
+        float2 sum = make_float2(0.f, 0.f);
+        UNROLL for (int t = 0; t < L; t++)
+            x[t] = load_two(from + t * N + column);
+        UNROLL for (int t = 0; t < L && tensor < V; t++)
+            step[t] = t < (tensor == A) ? sum : load_two(steps + t * N + column);
         UNROLL for (int t = 0; t < L && tensor < V; t++) {
-            const float2 x = load_two(from + t * N + column);
-            const float2 step = load_two(log_w + t * N + column);
-            const float2 after = make_float2(before.x + step.x, before.y + step.y);
-            const float p0 = exp2_fast(sign * (tensor == A ? before.x : after.x));
-            const float p1 = exp2_fast(sign * (tensor == A ? before.y : after.y));
-            store_two(to + t * ROW + column, x.x * p0, x.y * p1);
+            sum = make_float2(sum.x + step[t].x, sum.y + step[t].y);
+            const float2 p = make_float2(exp2_fast(sign * sum.x), exp2_fast(sign * sum.y));
+            x[t] = make_float2(x[t].x * p.x, x[t].y * p.y);
             if (tensor == R && (ALL_DECAYS || t == L - 1))
-                store_two(decay + (ALL_DECAYS ? (t + 1) * ROW : 0) + column, p0, p1);
-            before = after;
+                store_two(decay + (ALL_DECAYS ? (t + 1) * ROW : 0) + column, p.x, p.y);
         }
-        UNROLL for (int t = 0; t < L && tensor >= V; t++) {
-            const float2 x = load_two(from + t * N + column);
-            store_two(to + t * ROW + column, x.x, x.y);
-        }
+        UNROLL for (int t = 0; t < L; t++)
+            store_two(to + t * ROW + column, x[t].x, x[t].y);
     }
 }
 
@@ -316,9 +349,15 @@ DEVICE void relate(int which, Matrix* m, const Tensor* x_, float* scratch) {
         x[t] = t == lane() % 16 ? 1.f : 0.f;
         UNROLL for (int s = 0; s < t; s++)
             x[t] += scratch[t * 20 + s] * x[s];
+    }
+    UNROLL for (int t = 0; t < L; t++)              // not above, where the next loads would wait for it
         if (lane() < 16)
             store_one(m[INVERSE] + t * SMALL + lane(), x[t]);
-    }
+}
+
+// where this lane's part of a state's tile is kept
+DEVICE long long tile_at(const Place& place, int chunk, int row, int column) {
+    return (((place.head * place.chunks + chunk) * TILES + row) * TILES + column) * 32 + lane();
 }
 
 // From here on a warp has 16 rows v0 .. v0 + 15 of a state, in fp32; in memory, null means zero
@@ -353,9 +392,9 @@ DEVICE void step(Sum* s, const Tensor* x, const Matrix* m, const float* decay, i
     UNROLL for (int j = 0; j < TILES; j++) {
         const Left s0 = rounded(s[j]);
         if (checkpoint)
-            checkpoint[j * 32 + lane()] = make_uint4(s0.x[0], s0.x[1], s0.x[2], s0.x[3]);
-        add_product(z, s0, right_transposed(x[A] + j * 16, ROW));
+            checkpoint[j * 32] = make_uint4(s0.x[0], s0.x[1], s0.x[2], s0.x[3]);
         add_product(y, s0, right_transposed(x[R] + j * 16, ROW));
+        add_product(z, s0, right_transposed(x[A] + j * 16, ROW));
     }
     const Left u = moved(z, v, m);
     UNROLL for (int j = 0; j < TILES; j++) {
@@ -407,6 +446,9 @@ struct ChainShared {
     float scratch[L * 20];
 };
 
+// the i-th chunk on the way
+template <bool FORWARD> DEVICE int nth(int i, int chunks) { return FORWARD ? i : chunks - 1 - i; }
+
 // FORWARD: S from s0 to sT, with y, and S at the start of every chunk. If not, dLoss/dS from dsT to the first
 // chunk (dy in v's place, no k), of which `carry` keeps what flows into the end of each segment but the last.
 template <bool FORWARD>
@@ -416,21 +458,17 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
     const Place place = this_place(T, H);
     const int chunks = place.chunks;
     const int warp = threadIdx.x / 32;
-    auto nth = [&](int i) { return FORWARD ? i : chunks - 1 - i; };     // the i-th chunk on the way
     if (warp < PREPARING) {
         const int which = (warp + 3) % 5;           // the warp that has only v to round takes the inverse
-        auto start_copy = [&](int i) {
-            if (i < chunks)
-                fetch(sh.raw[i % RAW], from, place, T, nth(i), PREPARING * 32);
-            copy_commit();
-        };
         for (int i = 0; i < RAW - 1; i++)
-            start_copy(i);
+            fetch<FORWARD>(sh.raw[i], from, place, T, nth<FORWARD>(i, chunks), i < chunks, PREPARING * 32);
         for (int i = 0; i < chunks + 2; i++) {
             copy_wait<RAW - 2>();
             __syncthreads();                        // everything moves on by one chunk
             const Raw<5>& raw = sh.raw[i % RAW];
-            start_copy(i + RAW - 1);
+            const int next = i + RAW - 1;
+            fetch<FORWARD>(sh.raw[next % RAW], from, place, T, nth<FORWARD>(next, chunks), next < chunks,
+                           PREPARING * 32);
             if (i < chunks && (FORWARD || warp != K))
                 scale<false>(warp, sh.x[i % 3][warp], raw.x[warp], raw.log_w, sh.decay[i % 3]);
             if (i >= 1 && i <= chunks && (FORWARD ? which <= AK : which == RB || which == INVERSE))
@@ -445,14 +483,13 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
         __syncthreads();                            // the same
         if (i < 0)
             continue;
-        const int chunk = nth(i);
+        const int chunk = nth<FORWARD>(i, chunks);
         const Tensor* x = sh.x[i % 3];
         const Matrix* m = sh.m[i % 2];
         if (FORWARD) {
-            const long long tile = ((place.head * chunks + chunk) * TILES + v0 / 16) * TILES;
             input* to = y + place.origin + (long long)chunk * L * place.stride;
             step(s, x, m, sh.decay[i % 3], v0, to, place.stride, T - chunk * L,
-                 checkpoints ? checkpoints + tile * 32 : nullptr);
+                 checkpoints ? checkpoints + tile_at(place, chunk, v0 / 16, 0) : nullptr);
         } else {
             const long long at = place.head * ((chunks + segment - 1) / segment) + chunk / segment;
             Left decayed[TILES];
@@ -465,13 +502,13 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
         store_state(end + (place.head * N + v0) * N, s);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), N <= 64 ? 2 : 1) wkv_forward(
+extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), SHARING ? 2 : 1) wkv_forward(
         int T, int H, const input* r, const float* log_w, const input* k, const input* v, const input* a,
         const input* b, const float* s0, input* y, float* sT, uint4* checkpoints) {
     chain<true>(T, H, 1, {{r, a, b, k, v}, log_w}, s0, y, sT, checkpoints, nullptr);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), N <= 64 ? 2 : 1) wkv_backward_chain(
+extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), SHARING ? 2 : 1) wkv_backward_chain(
         int T, int H, int segment, const input* r, const float* log_w, const input* a, const input* b,
         const input* dy, const float* dsT, float* carry) {
     chain<false>(T, H, segment, {{r, a, b, nullptr, dy}, log_w}, dsT, nullptr, nullptr, nullptr, carry);
@@ -537,22 +574,25 @@ DEVICE void add_sums(Sum& sum, const Left& ones, const Sum& x) {
     Sum rest;
     UNROLL for (int i = 0; i < 8; i++)
         rest.x[i] = x.x[i] - number(high, i);
-    add_product(sum, ones, flip(transposed(high)));
-    add_product(sum, ones, flip(transposed(rounded(rest))));
+    add_product(sum, ones, as_right(high));
+    add_product(sum, ones, as_right(rounded(rest)));
 }
 
 // Key columns c0 .. c0 + 15, by one warp: dlog_w, and to[] = dr, da, db, dk
-DEVICE void gradient_columns(const BackwardShared& sh, const Left* s0_transposed, int c0, int stride,
-                             int tokens, input* const (&to)[4], float* dlog_w) {
-    const bf16* from[4] = {sh.x[DY], sh.dz, sh.u, sh.x[V]};
+DEVICE void gradient_columns(const BackwardShared& sh, const Left* s0, int c0, int stride, int tokens,
+                             input* const (&to)[4], float* dlog_w) {
     Sum d[4] = {};                                  // dR, dA, dBi, dKi
-    Sum both = {};                                  // S0' G~; its diagonal is columnsum(S0 * G~)
+    Sum both = {};                                  // G~' S0; its diagonal is columnsum(S0 * G~)
     UNROLL for (int i = 0; i < TILES; i++) {
-        const Right s0 = flip(s0_transposed[i]);
         const Right g = right(sh.g + i * 16 * ROW + c0, ROW);
-        add_product(both, s0_transposed[i], g);
-        UNROLL for (int n = 0; n < 4; n++)
-            add_product(d[n], left(from[n] + i * 16, ROW), n < B ? s0 : g);
+        add_product(d[B], left(sh.u + i * 16, ROW), g);
+        add_product(d[K], left(sh.x[V] + i * 16, ROW), g);
+    }
+    UNROLL for (int i = 0; i < TILES; i++) {        // apart, for s0 is on its way from memory
+        const Right s = as_right(s0[i]);
+        add_product(both, left_transposed(sh.g + i * 16 * ROW + c0, ROW), s);
+        add_product(d[R], left(sh.x[DY] + i * 16, ROW), s);
+        add_product(d[A], left(sh.dz + i * 16, ROW), s);
     }
     Left x[4];                                      // R, A, Bi, Ki: a Left has the numbers that a Sum has
     UNROLL for (int n = 0; n < 4; n++)
@@ -586,12 +626,16 @@ DEVICE void gradient_columns(const BackwardShared& sh, const Left* s0_transposed
         from_here_on.x[i / 2] = pack(column_of(i & 6) >= row_of(i), column_of(i | 1) >= row_of(i));
     }
     add_sums(dw, from_here_on, crossing);
-    UNROLL for (int n = 0; n < 4; n++)
-        store(to[n] + c0, stride, tokens, d[n]);
-    store(dlog_w + c0, stride, tokens, dw);
+    UNROLL for (int i = 0; i < 8; i += 2)           // one index and one branch for all five
+        if (row_of(i) < tokens) {
+            const int at = row_of(i) * stride + c0 + column_of(i);
+            UNROLL for (int n = 0; n < 4; n++)
+                store_two(to[n] + at, d[n].x[i], d[n].x[i + 1]);
+            store_two(dlog_w + at, dw.x[i], dw.x[i + 1]);
+        }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * TILES, N <= 64 ? 4 : 1) wkv_backward(
+extern "C" __global__ void __launch_bounds__(32 * TILES, SHARING ? 4 : 1) wkv_backward(
         int T, int H, int segment, const input* r, const float* log_w, const input* k, const input* v,
         const input* a, const input* b, const uint4* checkpoints, const input* dy, const float* dsT,
         const float* carry, input* dr, float* dlog_w, input* dk, input* dv, input* da, input* db,
@@ -601,12 +645,8 @@ extern "C" __global__ void __launch_bounds__(32 * TILES, N <= 64 ? 4 : 1) wkv_ba
     const int warp = threadIdx.x / 32;
     const int first = blockIdx.z * segment;
     const int last = min(place.chunks, first + segment) - 1;
-    auto start_copy = [&](int chunk) {
-        if (chunk >= first)
-            fetch(sh.raw, {{r, a, b, k, v, dy}, log_w}, place, T, chunk, blockDim.x);
-        copy_commit();
-    };
-    start_copy(last);
+    const Sources<6> from = {{r, a, b, k, v, dy}, log_w};
+    fetch<true>(sh.raw, from, place, T, last, true, 32 * TILES);
     Sum g[TILES];
     const bool from_later = blockIdx.z + 1 < gridDim.z;
     const float* flow = from_later ? carry : dsT;
@@ -614,34 +654,27 @@ extern "C" __global__ void __launch_bounds__(32 * TILES, N <= 64 ? 4 : 1) wkv_ba
     load_state(g, flow ? flow + (index * N + warp * 16) * N : nullptr);
     for (int chunk = last; chunk >= first; chunk--) {
         const long long at = place.origin + (long long)chunk * L * place.stride;
-        auto state_tile = [&](int row, int column) {
-            const long long tile = ((place.head * place.chunks + chunk) * TILES + row) * TILES + column;
-            const uint4 x = checkpoints[tile * 32 + lane()];
-            return Left{x.x, x.y, x.z, x.w};
-        };
         Left s0[TILES];                             // this warp's rows of S0, later its columns
         UNROLL for (int i = 0; i < TILES; i++)
-            s0[i] = state_tile(warp, i);
+            s0[i] = load_tile(checkpoints + tile_at(place, chunk, warp, i));
         copy_wait<0>();
         __syncthreads();                            // the tokens have landed, the chunk after is done
         for (int i = warp; i < 6; i += TILES)
             scale<true>(i, sh.x[i], sh.raw.x[i], sh.raw.log_w, sh.decay);
         __syncthreads();
-        start_copy(chunk - 1);
+        fetch<true>(sh.raw, from, place, T, chunk - 1, chunk > first, 32 * TILES);
         for (int i = warp; i < 4; i += TILES)
             relate(i, sh.m, sh.x, sh.scratch);
         __syncthreads();
         gradient_rows(sh, g, s0, warp * 16, dv + at, place.stride, T - chunk * L);
         UNROLL for (int i = 0; i < TILES; i++)
-            s0[i] = state_tile(i, warp);
+            s0[i] = load_tile(checkpoints + tile_at(place, chunk, i, warp));
         __syncthreads();
         for (int i = warp; i < 4; i += TILES) {
             const Sum sum = triangle(i / 2 ? sh.dz : sh.x[DY], i % 2 ? sh.x[V] : sh.u, i / 2);
             store(sh.m[GRADIENTS + i], SMALL, L, sum);
         }
         __syncthreads();
-        UNROLL for (int i = 0; i < TILES; i++)
-            s0[i] = transposed(s0[i]);
         gradient_columns(sh, s0, warp * 16, place.stride, T - chunk * L, {dr + at, da + at, db + at, dk + at},
                          dlog_w + at);
     }
