@@ -329,7 +329,6 @@ class RWKV7(nn.Module):
             new_state.append(after)
         return self.ln_out(x), new_state
 
-    @torch.no_grad()
     def generate(self, logits, state, max_new, *, temperature=0.0, top_p=1.0, stop=(), rng=None) -> Tensor:
         """Continue every row of a batch from the state in which its prompt ended.
 
@@ -344,15 +343,16 @@ class RWKV7(nn.Module):
             for linear, weight in own.items():
                 if linear.out_features >= linear.in_features:
                     linear.weight.data = weight.t().contiguous().t()
-        new = [pick(logits, temperature, top_p, rng)]
-        stopped = torch.zeros_like(new[0], dtype=torch.bool)
-        while len(new) < max_new:
-            for token in stop:
-                stopped |= new[-1] == token
-            if stop and stopped.all():
-                break
-            hidden, state = self(new[-1].unsqueeze(1), state)
-            new.append(pick(self.head(hidden[:, -1]), temperature, top_p, rng))
+        with torch.inference_mode():
+            new = [pick(logits, temperature, top_p, rng)]
+            stopped = torch.zeros_like(new[0], dtype=torch.bool)
+            while len(new) < max_new:
+                for token in stop:
+                    stopped |= new[-1] == token
+                if stop and stopped.all():
+                    break
+                hidden, state = self(new[-1].unsqueeze(1), state)
+                new.append(pick(self.head(hidden[:, -1]), temperature, top_p, rng))
         for linear, weight in own.items():
             linear.weight.data = weight
         return torch.stack(new, dim=1)

@@ -1,4 +1,4 @@
-"""The whole 0.1b model: a training step and its parts, a prefill, and decoding, beside the peers at hand.
+"""The whole 0.1b model: a training step, its parts and its operations, a prefill, and decoding, beside peers.
 
     python tests/bench_model.py [--device cuda] [--threads 1 2] [--tokens 512 4096] [--layers 12] [--peers no]
 
@@ -15,6 +15,7 @@ Shapes: T tokens, C channels.
 import argparse
 import contextlib
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -27,16 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from arm import Arm, make_optimizer, make_reproducible
+import model as model_file
 from fs import FutureSeed
 from model import RWKV7, Config
-from rounds import load_rounds
 from wkv import wkv
 
 ANSWER = 4
 LONG = 10       # seconds of a call from which on one is enough
-DECODED = 16    # tokens
+DECODED = 64    # tokens
 
 
 class Clock:
@@ -75,12 +76,20 @@ def random_model(layers: int, device: str) -> RWKV7:
     return model.to(device)
 
 
-def random_tokens(count: int, device: str) -> torch.Tensor:
-    return torch.randint(65536, (1, count), device=device)
+def random_tokens(count: int, device: str, vocab_size=65536) -> torch.Tensor:
+    return torch.randint(vocab_size, (1, count), device=device)
 
 
 def autocast(device: str):
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def loss_of(model: RWKV7, fs: FutureSeed, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Of the answer to the prompt, as in the rounds; a single row has no padding, so no lengths."""
+    hidden, _ = model(prompt, seed=fs, answer=answer[:, :-1])
+    logits = model.head(hidden[:, prompt.shape[1] - 1 :])
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
+    return loss[0] + loss[1:].mean()
 
 
 def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
@@ -89,7 +98,7 @@ def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
 
 
 def rows_of_reading(who: str, clock: Clock, T: int, prefill, decode) -> None:
-    """`decode` reads DECODED tokens."""
+    """`decode` writes DECODED tokens."""
     row(who, f"prefill (1, {T})", clock(prefill), T)
     row(who, "decode, a token", clock(decode) / DECODED, 1)
 
@@ -112,19 +121,69 @@ def rates(clock: Clock, T: int, layers: int) -> None:
 
 # ---- ours --------------------------------------------------------------------------------------------------
 
+class OperatorInOne(torch.autograd.Function):
+    """In the place of the wkv operator: one operation each way, as a kernel is."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        v, state = inputs[3], inputs[6]
+        return v.clone(), state.view_as(state)
+
+    @staticmethod
+    def backward(ctx, dy, dstate):
+        dy.clone()
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, without views and allocations: about what a GPU would have to launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        self.count += not view and not re.search("empty|_unsafe_view|_record_function", name)
+        return function(*arguments, **(options or {}))
+
+
+def count_ours(clock: Clock, T: int, layers: int) -> None:
+    """On the CPU and with few channels: how many operations there are does not depend on either."""
+    model = RWKV7.init(Config.published(layers, 64, 64, 100))
+    model.checkpoint_activations = True
+    fs = FutureSeed(model.config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    prompt, answer = random_tokens(64, "cpu", 100), random_tokens(ANSWER, "cpu", 100)
+    print("operations of a step of batch 1, blocks recomputed, the wkv operator one each way", flush=True)
+    model_file.wkv = OperatorInOne.apply
+    for name, bf16 in (("fp32", False), ("bf16 autocast", True)):
+        for _ in range(2):    # the first step also makes the optimiser's state
+            optimizer.zero_grad(set_to_none=True)
+            with Operations() as forward, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_of(model, fs, prompt, answer)
+            with Operations() as backward:
+                loss.backward()
+            with Operations() as update:
+                optimizer.step()
+        total = forward.count + backward.count + update.count
+        print(f"  {name}: forward {forward.count:,}, backward {backward.count:,}, optimiser {update.count}, "
+              f"in all {total:,}", flush=True)
+
+
 def train_ours(clock: Clock, T: int, layers: int) -> None:
-    make_reproducible()    # as train.py does
     device, model = clock.device, random_model(layers, clock.device)
     model.checkpoint_activations = T >= 4096
-    arm = Arm(model, FutureSeed(model.config).to(device))
-    optimizer = make_optimizer(arm, load_rounds()["R8"])
+    fs = FutureSeed(model.config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prompt, answer = random_tokens(T, device), random_tokens(ANSWER, device)
-    lengths = torch.tensor([T], device=device), torch.tensor([ANSWER], device=device)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         with autocast(device):
-            loss = arm(prompt, lengths[0], answer, lengths[1]).sum()
+            loss = loss_of(model, fs, prompt, answer)
         loss.backward()
         optimizer.step()
 
@@ -170,7 +229,7 @@ def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
         return [part for _ in blocks for part in wkv(r, -0.6 * torch.sigmoid(log_w), k, v, a, b)]
 
     def channel_mix(x):
-        return [block.ffn.value(torch.relu(block.ffn.key(x)).square()) for block in blocks]
+        return [block.ffn.value(torch.relu(block.ffn.key(x)) ** 2) for block in blocks]
 
     def head(x):
         target = torch.zeros(ANSWER, dtype=torch.long, device=device)
@@ -190,15 +249,11 @@ def read_ours(clock: Clock, T: int, layers: int) -> None:
     def prefill():
         with autocast(device):
             hidden, state = model(prompt)
-            model.head(hidden[:, -1])
-        return state
+            return model.head(hidden[:, -1]), state
 
     def decode():
-        token, state = prompt[:, :1], after
-        for _ in range(DECODED):
-            with autocast(device):
-                hidden, state = model(token, state)
-                token = model.head(hidden[:, -1]).argmax(-1, keepdim=True)
+        with autocast(device):
+            model.generate(*after, DECODED)
 
     after = prefill()
     rows_of_reading("ours", clock, T, prefill, decode)
@@ -218,8 +273,10 @@ def read_rwkv(clock: Clock, T: int, layers: int) -> None:
 
     def decode():
         state = [part.clone() for part in after]
-        for token in prompt[:DECODED]:
-            state = peer.forward([token], state)[1]
+        token = prompt[0]
+        for _ in range(DECODED):
+            logits, state = peer.forward([token], state)
+            token = int(logits.argmax())
 
     rows_of_reading("rwkv", clock, T, lambda: peer.forward(prompt, None), decode)
 
@@ -264,7 +321,7 @@ def read_rwkv7_hf(clock: Clock, T: int, layers: int) -> None:
     rows_of_reading("rwkv7-hf", clock, T, prefill, decode)
 
 
-OURS = [rates, train_ours, read_ours]
+OURS = [rates, count_ours, train_ours, read_ours]
 PEERS = [read_rwkv, train_rwkv7_hf, read_rwkv7_hf]
 
 

@@ -221,7 +221,7 @@ def test_samples_have_the_models_probabilities(model):
     _, state = start(model, 1)
     random = torch.Generator().manual_seed(0)
     for top_p, expected in ((1.0, [0.1, 0.5, 0.05, 0.35]), (0.6, [0, 0.5 / 0.85, 0, 0.35 / 0.85])):
-        tokens = generate(model, logits, state, 1, temperature=1.0, top_p=top_p, random=random)
+        tokens = generate(model, logits, state, 1, temperature=1.0, top_p=top_p, rng=random)
         shares = torch.bincount(tokens[:, 0], minlength=4) / 4000
         assert (shares - torch.tensor(expected)).abs().max() < 0.03
 

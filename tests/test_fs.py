@@ -1,7 +1,7 @@
 """Future-Seed against its definition, and the promise that keeps it honest: only the prompt is seen early.
 
-`expected_seed` is the transform as the experiment log defines it, for one row and a head at a time, in plain
-NumPy and fp64; with test_model's oracle it makes a second implementation of the whole idea.
+`definition` is the transform as the experiment log defines it, for one row and a head at a time, in NumPy
+and fp64; with test_model's oracle it makes a second implementation of the whole idea.
 
 Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import assert_close, assert_same_state, oracle, random_model, random_tokens, sigmoid
+from test_model import assert_close, assert_same_state, of_row, oracle, random_model, random_tokens
+from test_model import same_bits, sigmoid
 
-from fs import FutureSeed, prefill
+from fs import GATES, FutureSeed, prefill
 from model import Config
 
 FEW = settings(deadline=None, max_examples=20)
@@ -33,24 +34,26 @@ def schedule_factor(layer, first, n_layer, schedule, low, high):
     return low + (high - low) * (p if schedule == "linear" else (1 - math.cos(math.pi * p)) / 2)
 
 
-def expected_seed(layer, below, x_last, n_layer, alpha, layer_start=6, norm=True, clip=1.0, scale=1.0,
-                  schedule="none", schedule_min=1.0, schedule_max=1.0, alpha_head=None, input_weight=None,
-                  input_bias=0.0):
-    """The seed of one row, below (H, N, N) and x_last (C,), or None. alpha (and b) of this layer; alpha_head
-    (H,).
+def definition(layer, below, x_last, n_layer, *, layer_start=6, norm=True, clip=1.0, scale=1.0,
+               schedule="none", schedule_min=1.0, schedule_max=1.0, alpha=None, alpha_head=None,
+               input_weight=None, input_bias=None):
+    """The seed state of one row, below (H, N, N) and x_last (C,), or None. The last four are this layer's
+    parameters, as far as its gate has them; alpha_head (H,).
     """
     first = max(1, layer_start)
     if layer < first:
         return None
-    logit = alpha
-    if input_weight is not None:
-        logit = logit + (x_last * input_weight).sum() / math.sqrt(len(x_last)) + input_bias
     seeds = []
     factor = scale * schedule_factor(layer, first, n_layer, schedule, schedule_min, schedule_max)
     for h, base in enumerate(np.asarray(below, dtype=np.float64)):
         if norm:
             base = base / max(1e-6, math.sqrt((base**2).mean()))
-        gate = sigmoid(logit) * factor
+        gate = factor
+        if input_weight is not None:
+            drive = (x_last * input_weight).sum() / math.sqrt(len(x_last))
+            gate = gate * sigmoid(alpha + drive + input_bias)
+        elif alpha is not None:
+            gate = gate * sigmoid(alpha)
         if alpha_head is not None:
             gate = gate * sigmoid(alpha_head[h])
         seed = gate * base
@@ -60,15 +63,15 @@ def expected_seed(layer, below, x_last, n_layer, alpha, layer_start=6, norm=True
 
 def randomised(fs: FutureSeed, seed=0) -> FutureSeed:
     """Its gates' parameters moved off their initial values, so that each layer and head has its own."""
-    random = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in fs.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=random))
+            parameter.add_(torch.randn(parameter.shape, generator=rng))
     return fs
 
 
 def of_layer(fs: FutureSeed, layer: int) -> dict:
-    """The parameters of one layer's gate, as `expected_seed` takes them."""
+    """The parameters of one layer's gate, as `definition` takes them."""
     return {name: parameter.detach().double().numpy()[layer] for name, parameter in fs.named_parameters()}
 
 
@@ -80,7 +83,7 @@ options = st.fixed_dictionaries({
     "schedule": st.sampled_from(["none", "linear", "cosine"]),
     "schedule_min": st.sampled_from([0.0, 0.25, 1.0]),
     "schedule_max": st.sampled_from([0.5, 1.0, 2.0]),
-    "gate": st.sampled_from(["scalar", "head", "input"]),
+    "gate": st.sampled_from(GATES),
     "detach": st.booleans(),
 })
 
@@ -90,18 +93,18 @@ options = st.fixed_dictionaries({
        magnitude=st.sampled_from([0.0, 1e-12, 1e-7, 1e-6, 1e-2, 1.0, 100.0]), seed=st.integers(0, 99))
 def test_transform_is_the_definition(setting, alpha, L, magnitude, seed):
     """Catches a clip before the gate, a mean over the wrong axes, a schedule off by a layer."""
-    random = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     fs = randomised(FutureSeed(config(L), alpha=alpha, **setting), seed)
-    below = magnitude * torch.randn(3, 2, 8, 8, generator=random)
+    below = magnitude * torch.randn(3, 2, 8, 8, generator=rng)
     below[1] *= 10
     below[:, 1] *= 0.1    # rows and heads of different size, so that sharing a norm shows
-    x_last = torch.randn(3, 16, generator=random)
+    x_last = torch.randn(3, 16, generator=rng)
     transform = {name: value for name, value in setting.items() if name not in ("gate", "detach")}
     for layer in range(1, L):
         seeds = fs(layer, below, x_last)
         for row in range(3):
-            expected = expected_seed(layer, below[row].numpy(), x_last[row].double().numpy(), L, **transform,
-                                     **of_layer(fs, layer))
+            expected = definition(layer, below[row].numpy(), x_last[row].double().numpy(), L, **transform,
+                                  **of_layer(fs, layer))
             if expected is None:
                 assert seeds is None
             else:
@@ -112,29 +115,22 @@ def test_transform_is_the_definition(setting, alpha, L, magnitude, seed):
 HALF = 0.5 * (1 - math.sqrt(0.5))    # (1 - cos(pi / 4)) / 2
 
 
-@pytest.mark.parametrize("schedule, factors", [
-    ("none", [1, 1, 1, 1, 1]),
-    ("linear", [0.25, 0.4375, 0.625, 0.8125, 1.0]),
-    ("cosine", [0.25, 0.25 + 0.75 * HALF, 0.625, 1.0 - 0.75 * HALF, 1.0]),
+@pytest.mark.parametrize("L, start, schedule, factors", [
+    (8, 3, "none", [1, 1, 1, 1, 1]),
+    (8, 3, "linear", [0.25, 0.4375, 0.625, 0.8125, 1.0]),
+    (8, 3, "cosine", [0.25, 0.25 + 0.75 * HALF, 0.625, 1.0 - 0.75 * HALF, 1.0]),
+    # a single seeded layer counts as the last
+    (5, 4, "linear", [1.0]), (2, 1, "cosine", [1.0]), (2, 0, "linear", [1.0]), (12, 11, "cosine", [1.0]),
 ])
-def test_schedule_runs_from_the_first_seeded_layer_to_the_last(schedule, factors):
-    """Catches endpoints swapped or off by one, against numbers worked out by hand."""
-    fs = FutureSeed(config(8), alpha=0.0, layer_start=3, norm=False, clip=0, schedule=schedule,
+def test_schedule_runs_from_the_first_seeded_layer_to_the_last(L, start, schedule, factors):
+    """Catches endpoints swapped or off by one, and 0 / 0, against numbers worked out by hand."""
+    fs = FutureSeed(config(L), alpha=0.0, layer_start=start, norm=False, clip=0, schedule=schedule,
                     schedule_min=0.25, schedule_max=1.0)
     below = torch.ones(1, 2, 8, 8)
-    assert all(fs(layer, below, torch.zeros(1, 16)) is None for layer in (1, 2))
-    found = [fs(layer, below, torch.zeros(1, 16))[0, 0, 0, 0].item() / 0.5 for layer in range(3, 8)]
+    first = max(1, start)
+    assert all(fs(layer, below, torch.zeros(1, 16)) is None for layer in range(first))
+    found = [fs(layer, below, torch.zeros(1, 16))[0, 0, 0, 0].item() / 0.5 for layer in range(first, L)]
     assert found == pytest.approx(factors, abs=1e-6)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("L, start", [(5, 4), (2, 1), (2, 0), (12, 11)])
-def test_a_single_seeded_layer_gets_the_whole_schedule(schedule, L, start):
-    """Catches 0 / 0 where the schedule has one layer to run over; it counts as the last."""
-    fs = FutureSeed(config(L), alpha=0.0, layer_start=start, norm=False, clip=0, schedule=schedule,
-                    schedule_min=0.25, schedule_max=0.75)
-    seed = fs(L - 1, torch.ones(1, 2, 8, 8), torch.zeros(1, 16))
-    assert_close(seed, torch.full((1, 2, 8, 8), 0.375), 1e-6)
 
 
 def test_defaults_are_the_logs_recipe():
@@ -155,43 +151,28 @@ def test_defaults_are_the_logs_recipe():
     assert weaker[0, 0, 0, 0].item() == pytest.approx(8 * 0.0179862, abs=1e-5)
 
 
-def test_layer_starts_0_and_1_are_one_and_layer_0_is_never_seeded():
-    """Catches a start of 0 that shifts the schedule by a layer, or seeds the layer that has none below it."""
-    arguments = dict(schedule="linear", schedule_min=0.0, schedule_max=1.0)
-    zero = FutureSeed(config(), layer_start=0, **arguments)
-    one = FutureSeed(config(), layer_start=1, **arguments)
-    below, x_last = torch.randn(2, 2, 8, 8), torch.randn(2, 16)
-    assert zero(0, below, x_last) is None
-    assert all(torch.equal(zero(layer, below, x_last), one(layer, below, x_last)) for layer in (1, 2, 3))
-
-
-@pytest.mark.parametrize("gate", ["scalar", "head", "input"])
+@pytest.mark.parametrize("gate, expected", [
+    ("scalar", {"alpha"}), ("head", {"alpha", "alpha_head"}), ("heads", {"alpha_head"}),
+    ("input", {"alpha", "input_weight", "input_bias"}),
+])
 @pytest.mark.parametrize("train_alpha", [False, True])
-def test_what_is_trained(gate, train_alpha):
-    """Catches a frozen alpha that trains, or the reverse, and an input gate that cannot learn."""
-    fs = FutureSeed(config(), alpha=-1.0, layer_start=1, gate=gate, train_alpha=train_alpha, clip=0)
+def test_what_is_trained_and_how_gates_start(gate, expected, train_alpha):
+    """Catches a frozen alpha that trains, or the reverse, an input gate that cannot learn, a gate's parameter
+    that plays no part, and an input gate or heads' gates that do not start as the scalar one.
+    """
+    fs = FutureSeed(config(), alpha=-1.5, layer_start=1, gate=gate, train_alpha=train_alpha, clip=0)
     below, x_last = torch.randn(2, 2, 8, 8), torch.randn(2, 16)
+    assert set(fs.state_dict()) == expected
     trainable = {name for name, parameter in fs.named_parameters() if parameter.requires_grad}
-    expected = {"alpha"} if train_alpha else set()
-    if gate == "head":
-        expected |= {"alpha_head"} if train_alpha else set()
-    if gate == "input":
-        expected |= {"input_weight", "input_bias"}
-    assert trainable == expected
+    assert trainable == {name for name in expected if train_alpha or name.startswith("input")}
+    seed_state = fs(2, below, x_last)
+    scalar = FutureSeed(config(), alpha=-1.5, layer_start=1, clip=0)(2, below, x_last)
+    assert_close(seed_state, scalar * (torch.sigmoid(torch.tensor(-1.5)) if gate == "head" else 1), 1e-6)
     if trainable:
-        fs(2, below, x_last).square().sum().backward()
+        seed_state.square().sum().backward()
         for name in trainable:
             gradient = dict(fs.named_parameters())[name].grad
             assert (gradient[2] != 0).all() and (gradient[[0, 1, 3]] == 0).all()    # its own layer's alone
-
-
-def test_gates_at_their_start():
-    """Catches an input gate that does not start as the scalar one, and heads' alphas that start elsewhere."""
-    below, x_last = torch.randn(2, 2, 8, 8), torch.randn(2, 16)
-    seeds = {gate: FutureSeed(config(), alpha=-1.5, layer_start=1, gate=gate, clip=0)(2, below, x_last)
-             for gate in ("scalar", "head", "input")}
-    assert torch.equal(seeds["input"], seeds["scalar"])
-    assert_close(seeds["head"], seeds["scalar"] * torch.sigmoid(torch.tensor(-1.5)), 1e-6)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -206,20 +187,12 @@ def test_an_empty_state_has_a_finite_gradient(norm, value):
     assert all(parameter.grad.isfinite().all() for parameter in fs.parameters())
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_seed_gradient_is_the_slope(norm):
-    """Catches a norm that the backward takes for a constant, or a gradient lost in the seed."""
-    fs = randomised(FutureSeed(config(), layer_start=1, norm=norm, detach=False, clip=0)).double()
-    below = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda state: fs(2, state, torch.zeros(1, 16)), (below,))
-
-
-@pytest.mark.parametrize("gate", ["scalar", "head", "input"])
+@pytest.mark.parametrize("gate", GATES)
 def test_seeds_are_fp32_under_autocast(gate):
     """Catches a gate rounded to bf16: autocast takes every matrix product it meets."""
     fs = randomised(FutureSeed(config(), layer_start=1, gate=gate))
-    random = torch.Generator().manual_seed(3)
-    below, x_last = torch.randn(2, 2, 8, 8, generator=random), torch.randn(2, 16, generator=random)
+    rng = torch.Generator().manual_seed(3)
+    below, x_last = torch.randn(2, 2, 8, 8, generator=rng), torch.randn(2, 16, generator=rng)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         seed = fs(2, below, x_last)
     assert torch.equal(seed, fs(2, below, x_last))
@@ -239,7 +212,7 @@ def test_bad_settings(arguments, word):
 # ---- with the model ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["scalar", "head", "input"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("arguments", [
     {"layer_start": 2, "schedule": "linear", "schedule_min": 0.25},
     {"layer_start": 0, "schedule": "cosine", "schedule_min": 0.5, "schedule_max": 2.0, "clip": 0.2},
@@ -256,7 +229,7 @@ def test_prefill_is_the_whole_definition_for_every_row(gate, arguments):
         plain, _ = prefill(model, tokens, lengths)
     for row, length in enumerate(lengths):
         def seed(layer, below, x_last):
-            return expected_seed(layer, below, x_last, 4, **arguments, **of_layer(fs, layer))
+            return definition(layer, below, x_last, 4, **arguments, **of_layer(fs, layer))
 
         expected, _, states = oracle(model, tokens[row, :length].tolist(), seed)
         assert_close(hidden[row, :length], expected, 1e-6)    # gates are computed in fp32
@@ -311,50 +284,37 @@ def test_layers_below_the_start_do_not_see_the_prompts_future(layer_start):
         assert alike == (layer < layer_start), f"layer {layer}"
 
 
-def test_answers_start_from_the_prompt_and_are_causal():
-    """Catches answer tokens that reach the prompt's states or the logits of earlier answer tokens."""
-    model = random_model(4, n_layer=4).float()
-    fs = FutureSeed(model.config, layer_start=1)
-    prompts, answers = random_tokens(5, 2, 17), random_tokens(6, 2, 9)
-    lengths = torch.tensor([17, 11])
-    with torch.no_grad():
-        _, state = prefill(model, prompts, lengths, fs)
-        before = [[part.clone() for part in layer] for layer in state]
-        logits = model.head(model(answers, state)[0])
-        for t in range(1, 9):
-            changed = answers.clone()
-            changed[:, t] = (changed[:, t] + 1) % 50
-            other = model.head(model(changed, state)[0])
-            assert torch.equal(other[:, :t], logits[:, :t])
-            assert not torch.equal(other[:, t], logits[:, t])
-        alone = random_model(4, n_layer=4).float()
-        _, row_state = prefill(alone, prompts[1:, :11], fs=fs)
-        row = alone.head(alone(answers[1:], row_state)[0])
-    assert all(torch.equal(a, b) for x, y in zip(state, before) for a, b in zip(x, y))
-    assert_close(logits[1], row[0], 1e-5)
-
-
-@pytest.mark.parametrize("gate", ["scalar", "head", "input"])
-@pytest.mark.parametrize("alpha", [-1e4, -math.inf])
-def test_alpha_to_minus_infinity_is_no_future_seed(gate, alpha):
-    """Catches a path around the gate: closed, it must leave not one bit of a trace."""
+@pytest.mark.parametrize("arguments", [
+    {"layer_start": 1, "alpha": -1e4, "gate": gate} for gate in GATES] + [
+    {"layer_start": 1, "alpha": -math.inf}, {"layer_start": 4}, {"layer_start": 9, "schedule": "cosine"},
+], ids=str)
+def test_a_closed_gate_or_a_start_beyond_the_last_layer_is_no_future_seed(arguments):
+    """Catches a path around the gate, of which not one bit may be left, and a start that wraps around."""
     model = random_model(5, n_layer=4).float()
-    tokens = random_tokens(7, 2, 20)
-    lengths = torch.tensor([20, 9])
-    closed = FutureSeed(model.config, alpha=alpha, layer_start=1, gate=gate)
-    hidden, state = prefill(model, tokens, lengths, closed)
+    tokens, lengths = random_tokens(7, 2, 20), torch.tensor([20, 9])
+    hidden, state = prefill(model, tokens, lengths, FutureSeed(model.config, **arguments))
     plain, plain_state = prefill(model, tokens, lengths)
-    assert torch.equal(hidden, plain)
-    assert all(torch.equal(a, b) for x, y in zip(state, plain_state) for a, b in zip(x, y))
+    assert torch.equal(hidden, plain) and same_bits(state, plain_state)
 
 
-def test_a_start_beyond_the_last_layer_is_no_future_seed():
-    """Catches a start that wraps around or is cut to the last layer."""
-    model = random_model(5, n_layer=4).float()
-    tokens = random_tokens(7, 2, 20)
-    for start in (4, 9):
-        fs = FutureSeed(model.config, layer_start=start, schedule="cosine")
-        assert torch.equal(prefill(model, tokens, fs=fs)[0], prefill(model, tokens)[0])
+@torch.no_grad()
+def test_seed_states_can_be_those_of_other_prompts():
+    """Catches a control that is none: the prompts' own seed states, or others than the other prompts got."""
+    model = random_model(8, n_layer=4).float()
+    fs = randomised(FutureSeed(model.config, alpha=1.0, layer_start=1, gate="input"))
+    prompts = random_tokens(20, 2, 15), torch.tensor([15, 9])
+    others = random_tokens(21, 2, 11), torch.tensor([4, 11])
+    hidden, state = prefill(model, *prompts, fs)
+    same, same_state = prefill(model, *prompts, fs, seed_from=prompts)
+    assert torch.equal(hidden, same) and same_bits(state, same_state)
+    controlled, controlled_state = prefill(model, *prompts, fs, seed_from=others)
+    assert not torch.equal(hidden[:, 0], controlled[:, 0])
+    seed_states = {}
+    model(others[0], lengths=others[1],
+          seed=lambda layer, *inputs: seed_states.setdefault(layer, fs(layer, *inputs)))
+    expected, expected_state = model(*prompts[:1], None, *prompts[1:], lambda layer, *_: seed_states[layer])
+    assert torch.equal(controlled, expected) and same_bits(controlled_state, expected_state)
+    assert torch.equal(prefill(model, *prompts, None, others)[0], prefill(model, *prompts)[0])
 
 
 def test_gradients_under_future_seed():
@@ -390,8 +350,8 @@ def test_gradient_through_the_seeds_is_the_slope():
     again = torch.autograd.grad(loss(), parameters)
     for parameter, gradient, checkpointed in zip(parameters, gradients, again):
         assert torch.equal(gradient, checkpointed)
-        random = torch.Generator().manual_seed(1)
-        step = 1e-6 * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+        rng = torch.Generator().manual_seed(1)
+        step = 1e-6 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
         with torch.no_grad():
             parameter += step
             above = loss()
@@ -408,7 +368,7 @@ def test_seeded_row_is_the_row_alone(seed, T, data):
     """Catches a batch mate or padding that reaches a row through its seed, forward and backward."""
     lengths = data.draw(st.lists(st.integers(1, T), min_size=2, max_size=3))
     model = random_model(seed % 3)
-    gate = data.draw(st.sampled_from(["head", "input"]))
+    gate = data.draw(st.sampled_from(GATES[1:]))
     fs = randomised(FutureSeed(model.config, alpha=0.0, layer_start=1, detach=False, gate=gate))
     tokens = random_tokens(seed, len(lengths), T)
     hidden, state = prefill(model, tokens, torch.tensor(lengths), fs)
@@ -416,8 +376,7 @@ def test_seeded_row_is_the_row_alone(seed, T, data):
     for row, length in enumerate(lengths):
         alone, alone_state = prefill(model, tokens[row : row + 1, :length], fs=fs)
         assert_close(hidden[row, :length], alone[0], 1e-6)
-        assert_same_state([[part[row] for part in layer] for layer in state],
-                          [[part[0] for part in layer] for layer in alone_state], 1e-6)
+        assert_same_state(of_row(state, row), alone_state, 1e-6)
         loss = loss + hidden[row, :length].sin().sum() + state[2].wkv[row].sin().sum()
         alone_loss = alone_loss + alone.sin().sum() + alone_state[2].wkv.sin().sum()
     parameters = [model.emb.weight, model.blocks[0].att.value.weight]

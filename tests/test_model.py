@@ -597,8 +597,8 @@ def test_real_checkpoint_reverses_digits(shared):
 
 
 def test_save_and_load_give_the_same_bits(tmp_path, monkeypatch):
-    """Catches a parameter that is rounded, renamed, lost or not trainable after a round trip, and a second look
-    at the file, to hash it: it may have been replaced between the two.
+    """Catches a parameter that is rounded, renamed, lost or not trainable after a round trip, and a second
+    look at the file, to hash it: it may have been replaced between the two.
     """
     model = random_model(15).float()
     path = tmp_path / "new folder" / "model.pth"
