@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import socket
 import urllib.request
 import zipfile
 import zlib
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import torch
+import torch.hub
 
-from files import Progress, atomic_write, say
+from files import atomic_write, say
 from tokenizer import VOCABULARY_SHA256, Tokenizer
 
 # (task, split): file under the assets folder, records in the published file
@@ -45,7 +47,7 @@ HOTPOTQA_SHA256 = {             # fetched without TLS, so its bytes are checked
 }
 CHUNK = 1 << 18                 # bytes read at once from the network
 LARGEST_MEMBER = 1 << 26        # bytes of one member of an archive: it is read into memory
-SECONDS_TO_ANSWER = 10
+SECONDS_TO_ANSWER = 10          # a server that does not answer in time is given up
 
 
 @dataclass(frozen=True)
@@ -150,39 +152,32 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
 
 # ---- the network -------------------------------------------------------------------------------------------
 
-def answer_to(url: str, byte_range: str | None = None) -> http.client.HTTPResponse:
-    """The server's answer to a GET. Raises OSError or http.client.HTTPException, as reading from it does."""
-    headers = {"User-Agent": "future-seed", "Accept-Encoding": "identity"}
-    if byte_range:
-        headers["Range"] = f"bytes={byte_range}"
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS_TO_ANSWER)
-
-
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool) -> None:
     """Fetch url to path, whole and checked or not at all.
 
     Args: check, called with the file before it gets its name, raises ValueError to refuse it.
     Raises FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
+    part = path.with_name(f".{path.name}.part")
     try:
         if offline:
             raise OSError("downloads are off")
         say(f"downloading {path.name} from {url.split('/')[2]}")
-        with atomic_write(path) as file:
-            with answer_to(url) as answer:
-                # http.client ends a body that was cut off without complaint, so its length is checked
-                progress = Progress(answer.length or 0)
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    if progress.due(len(chunk)):
-                        progress.line(f"{path.name}: {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB")
-            if not 0 < progress.done == progress.total:
-                raise OSError(f"the server sent {progress.done:,.0f} of {progress.total:,} bytes")
-            file.flush()
-            check(Path(file.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(SECONDS_TO_ANSWER)
+        torch.hub.download_url_to_file(url, str(part))
+        check(part)
+        part.rename(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put it "
                                 "there") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def answer_to(url: str, byte_range: str) -> http.client.HTTPResponse:
+    headers = {"User-Agent": "future-seed", "Accept-Encoding": "identity", "Range": f"bytes={byte_range}"}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS_TO_ANSWER)
 
 
 class RemoteFile(io.RawIOBase):
