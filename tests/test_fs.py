@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_model import assert_close, assert_same_state, of_row, oracle, random_model, random_tokens
 from test_model import same_bits, sigmoid
 
-from fs import GATES, FutureSeed, prefill
+from fs import GATES, FutureSeed, borrowed, prefill
 from model import Config
 
 FEW = settings(deadline=None, max_examples=20)
@@ -305,16 +305,15 @@ def test_seed_states_can_be_those_of_other_prompts():
     prompts = random_tokens(20, 2, 15), torch.tensor([15, 9])
     others = random_tokens(21, 2, 11), torch.tensor([4, 11])
     hidden, state = prefill(model, *prompts, fs)
-    same, same_state = prefill(model, *prompts, fs, seed_from=prompts)
+    same, same_state = prefill(model, *prompts, borrowed(model, fs, *prompts))
     assert torch.equal(hidden, same) and same_bits(state, same_state)
-    controlled, controlled_state = prefill(model, *prompts, fs, seed_from=others)
+    controlled, controlled_state = prefill(model, *prompts, borrowed(model, fs, *others))
     assert not torch.equal(hidden[:, 0], controlled[:, 0])
     seed_states = {}
     model(others[0], lengths=others[1],
           seed=lambda layer, *inputs: seed_states.setdefault(layer, fs(layer, *inputs)))
     expected, expected_state = model(*prompts[:1], None, *prompts[1:], lambda layer, *_: seed_states[layer])
     assert torch.equal(controlled, expected) and same_bits(controlled_state, expected_state)
-    assert torch.equal(prefill(model, *prompts, None, others)[0], prefill(model, *prompts)[0])
 
 
 def test_gradients_under_future_seed():
