@@ -433,7 +433,7 @@ def print_reports(args: argparse.Namespace) -> int:
             troubles = [str(error)]
         for trouble in troubles:
             failed = True
-            complain(ValueError(trouble))
+            complain(trouble)
     if args.json:
         print(json.dumps({"rounds": results}, indent=1))
     else:

@@ -41,7 +41,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception | str) -> None:
     """An error on one line; where it is a list, on a line an entry."""
     say("error: " + "\n  ".join(" ".join(line.split()) for line in str(error).splitlines()))
 

@@ -2,10 +2,10 @@
 
     python train.py --round R8 --seed 1
 
-Both arms start from the same weights and take the same batches in the same order for the same number of
-steps. Everything that decides the numbers is a function of (base, settings, seed, step): batches are drawn by
-step, there is no dropout, and the arms differ in nothing but fs.py's seed states. So a checkpoint is weights,
-optimiser and step; the same command goes on from it, and on a CPU it ends with the same bits.
+Both arms start from the same weights and take the same batches for the same number of steps. All that decides
+the numbers is a function of (base, settings, seed, step): batches are drawn by step, there is no dropout, and
+the arms differ in nothing but fs.py's seed states. So a checkpoint is weights, optimiser and step; the same
+command goes on from it, and on a CPU it ends with the same bits.
 
 A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm in its no_fs or prompt_fs:
 
@@ -16,7 +16,7 @@ A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm i
     checkpoint.pt    while it runs: all that is needed to go on
     model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
 
-Reading order: what was asked, what it takes, one arm, what is kept on the disk, the verdict.
+Read from top to bottom: what was asked, what it takes, one arm, the verdict.
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
 
@@ -70,10 +70,8 @@ EXAMPLES = """examples:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Post-train RWKV-7 on a round of the log, without and with Future-Seed, "
-                    "and report the difference.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        description="Post-train RWKV-7 on a round, without and with Future-Seed, and report the difference.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
     option("--list", action="store_true", help="show the rounds and what is on disk, and stop")
@@ -88,22 +86,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
            help="change settings of the round, see --list")
     option("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    option("--minutes", type=float, metavar="M",
-           help="the log's kind of budget: minutes of training an arm in place of the round's steps")
+    option("--minutes", type=float, metavar="M", help="the log's kind of budget, in place of steps")
     option("--fresh", action="store_true", help="start over, deleting what the arms' folders hold")
     option("--offline", action="store_true", help="never use the network")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--standin", action="store_true", help="run in miniature, on made-up questions")
-    kind.add_argument("--real", action="store_true", help="never run in miniature, with or without a GPU")
+    option("--standin", action="store_true", help="run in miniature, on made-up questions")
+    option("--real", action="store_true", help="never run in miniature, with or without a GPU")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
         parser.error("name a round with --round (python train.py --list shows them)")
-    if args.standin and (args.base or args.minutes):
-        parser.error("--standin has a base of its own and counts steps; leave --base and --minutes out")
+    if args.standin and (args.base or args.minutes or args.real):
+        parser.error("--standin has its own base and counts steps; leave --base, --minutes and --real out")
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device that torch can use")
+    args.arms = list(ARMS) if args.arm == "both" else [args.arm]
     return args
 
 
@@ -118,8 +115,7 @@ def list_rounds(runs_dir: Path) -> None:
         if recipe.log:
             deltas = " ".join(f"{delta:+.4f}" for delta in recipe.log["d_acc"])
             print(f"    the log: d_acc {deltas}; {recipe.log['status']}")
-        for path in sorted([*runs_dir.glob(f"{name}/seed*/*/run.json"),
-                            *runs_dir.glob(f"standin/{name}/seed*/*/run.json")]):
+        for path in sorted(runs_dir.glob(f"**/{name}/seed*/*/run.json")):
             try:
                 run = read_run(path.parent)
                 print(f"    on disk: {path.parent}, {run['status']} at step {run['steps']}")
@@ -224,17 +220,17 @@ def work_of(recipe: Round, arms: list[str]) -> float:
     return recipe.max_prompt * (len(arms) * (training + scoring) + controls)
 
 
-def announce(recipe: Round, real: Round, reason: str, arms: list[str], args: argparse.Namespace) -> None:
+def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) -> None:
     """What is about to happen, before the first slow thing; with a reason, in miniature."""
     lines = [f"{recipe.name}: {recipe.title}"]
     if reason:
         lines += [f"ON THE STAND-IN, in miniature: {reason}",
                   f"made-up questions of {recipe.facts} facts; a tiny base, trained here first; numbers of their own"]
     if args.device == "cpu" and args.base is None:
-        hours = duration(3600 * real_hours(real, arms))
+        hours = duration(3600 * real_hours(real, args.arms))
         lines.append(f"the real round takes about {hours} a seed on a CPU" + "; --real runs it" * bool(reason))
     budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
-    lines += [f"to do: {' and '.join(arms)}, {budget} of {recipe.batch_size} questions each, scored on "
+    lines += [f"to do: {' and '.join(args.arms)}, {budget} of {recipe.batch_size} questions each, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
               f"on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
     say("\n  ".join(lines))
@@ -379,9 +375,6 @@ class Arm:
         say(f"{self.name}: step {self.ledger.step}, validation "
             f"{words_of(self.ledger.metrics[-1], self.job.recipe.task)}")
 
-    def evaluated(self) -> bool:
-        return any("acc" in line and line["step"] == self.ledger.step for line in self.ledger.metrics)
-
     def finished(self) -> bool:
         """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
         if self.job.minutes is None:
@@ -434,8 +427,7 @@ class Arm:
         self.model.save(self.folder / "model.pth")
         if self.fs is not None:
             write_lines(self.folder / "controls.jsonl", controls)
-            save_tensors({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()},
-                         self.folder / "fs.pth")
+            save_tensors({key: value.cpu() for key, value in self.fs.state_dict().items()}, self.folder / "fs.pth")
         self.save("done")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -449,7 +441,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     interrupt.patient = True
     while True:
         finished = arm.finished()
-        if (finished or arm.ledger.step % recipe.eval_every == 0) and not arm.evaluated():
+        evaluated = arm.ledger.records and arm.ledger.records[-1]["step"] == arm.ledger.step
+        if (finished or arm.ledger.step % recipe.eval_every == 0) and not evaluated:
             arm.save()
             interrupt.patient = False    # nothing is lost where an evaluation is left
             arm.evaluate(progress)
@@ -485,14 +478,13 @@ def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, 
     """
     runs_dir = args.runs / "standin" if material is None else args.runs
     folder = runs_dir / recipe.name / f"seed{seed}"
-    arms = list(ARMS) if args.arm == "both" else [args.arm]
     with locked(folder):
         if args.fresh:
-            clear(folder, arms)
+            clear(folder, args.arms)
         here = material or standin_material(recipe, seed, args, progress)
         job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, **here)
-        states = [status_of(folder / arm, job.identity(arm)) for arm in arms]    # so that a refusal comes at once
-        for arm, state in zip(arms, states):
+        states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]    # a refusal comes at once
+        for arm, state in zip(args.arms, states):
             twin = twin_key(job.identity(arm), job.surroundings())
             if state == "done":
                 say(f"{recipe.name} seed {seed} {arm}: done before; --fresh runs it again")
@@ -530,7 +522,6 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     # settings first: a wrong one is told before anything is loaded or made
     real = {name: with_settings(published[name], args.settings) for name in names}
     small = {name: with_settings(miniatures[name], args.settings) for name in names}
-    arms = list(ARMS) if args.arm == "both" else [args.arm]
     no_gpu = args.device == "cpu" and not args.real and args.base is None
     threads = torch.get_num_threads()
     materials, failed = {}, False
@@ -540,7 +531,7 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
             materials[name] = None
             reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
             if not reason:
-                announce(real[name], real[name], "", arms, args)
+                announce(real[name], real[name], "", args)
                 try:
                     materials[name] = real_material(real[name], args)
                 except FileNotFoundError as error:
@@ -549,11 +540,11 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
                     missing = [line.partition(";")[0] for line in str(error).splitlines()]
                     reason = "\n    ".join(["the real data or base cannot be had:", *missing])
             if reason:
-                announce(small[name], real[name], reason, arms, args)
+                announce(small[name], real[name], reason, args)
         made_up = materials[name] is None
         progress.total = progress.done
         for later, its_seed in jobs[number:]:
-            progress.total += work_of((small if made_up else real)[later], arms)
+            progress.total += work_of((small if made_up else real)[later], args.arms)
             if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
                 progress.total += standin.base_work(small[later])
         # to the small arrays of the stand-in a second thread is worth little, and on a busy machine it makes a
@@ -589,8 +580,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
-        complain(ValueError("out of memory; lower micro_batch_size or recompute, as in --set micro_batch_size=1 "
-                 "checkpoint_activations=true, or lower max_prompt"))
+        complain("out of memory; use --set micro_batch_size=1 checkpoint_activations=true, or a lower max_prompt")
         return 2
     finally:
         for number, handler in handlers.items():
