@@ -2,9 +2,8 @@
 
 ARC-Challenge (Clark et al. 2018, arXiv:1803.05457): a question, three to five labelled options, the answer a
 label. HotpotQA, distractor setting (Yang et al. 2018, arXiv:1809.09600): ten paragraphs, a question, a short
-answer. Both are read in their publishers' own formats, from an assets folder or downloaded into it. The
-prompts, the length rules and the way examples are drawn are those of the experiment log, byte for byte;
-`arrange` has the orders in which a prompt can hold its question and what the question is about.
+answer. Both are read in their publishers' own formats, from an assets folder or downloaded into it. Prompts,
+length rules and the way examples are drawn are the experiment log's, byte for byte.
 
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """

@@ -1,18 +1,18 @@
 """The ruler: score a model, record it, compare the two arms of a round, say what came out.
 
-    python eval.py R8                           both arms of every finished seed, their difference, the log
+    python eval.py R8        both arms of every finished seed, their difference, the log
 
 Every evaluation leaves a record an example (records.jsonl), and every report is computed from these. A
 difference d is prompt_fs minus no_fs on the same example, at the last evaluation.
 
     acc     token accuracy: the share of an answer's tokens right under teacher forcing, as in the log
     loss    the log's loss: the first answer token's plus the mean of the others', in nats
-    EM      HotpotQA: exact match of the greedy text; ARC: option accuracy, the likeliest of the question's labels
+    EM      HotpotQA: exact match of the greedy text; ARC: is the likeliest of the question's labels right
     F1      HotpotQA: of the greedy text
 
 References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM and
-F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, T tokens in its
-longest prompt, A in its longest answer, R answers that continue its prompts, V vocabulary entries.
+F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, A tokens in its
+longest answer, V vocabulary entries.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from data import Example, collate, pad
-from files import (ARMS, METRICS, Runs, atomic_write, complain, locked, read_round, read_run,
+from files import (ARMS, METRICS, Runs, atomic_write, complain, damage_told, read_round, read_run,
                    seeds_on_disk)
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, read_tensors
@@ -40,9 +40,9 @@ from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, bootstrap_interval, chance_to_
                    sign_test, signs)
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-# what becomes of prompt_fs, once trained, when its seed states are taken away, or made from the wrong prompt
 SHOWN = "S3"    # the round in which Future-Seed is seen at work
-CONTROLS = {"off": "switched off", "other": "from another prompt", "shuffled": "from the prompt, its end shuffled"}
+# prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
+CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of the prompt with its end shuffled"}
 
 
 # ---- score -------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer) -> li
     for row, example in enumerate(batch):
         count = len(example.answer)
         text = words_in(written[row][:count], tokenizer)
-        exact, f1, option = exact_match(text, example.text), f1_score(text, example.text), None
+        exact, f1, option = normalise(text) == normalise(example.text), f1_score(text, example.text), None
         if example.choices:
             option = max(example.choices, key=lambda label: logits[row, 0, example.choices[label]].item())
             exact = f1 = float(option == example.text)
@@ -71,16 +71,14 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer) -> li
 
 def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[list[int]] | None:
     """The prompts that seed states are made from under a control of CONTROLS; None for the examples' own."""
-    if control == "other":
-        return [example.prompt for example in [*examples[1:], examples[0]]]
-    if control != "shuffled":
+    if control not in ("other", "shuffled"):
         return None
-    prompts = []
-    for example in examples:
-        start = len(example.prompt) - example.tail
-        tail = example.prompt[start:]
-        random.Random(example.id).shuffle(tail)
-        prompts.append(example.prompt[:start] + tail)
+    prompts = [list(example.prompt) for example in examples]
+    if control == "other":
+        return prompts[1:] + prompts[:1]
+    for prompt, example in zip(prompts, examples):
+        tail = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
+        prompt[-example.tail:] = tail
     return prompts
 
 
@@ -128,11 +126,9 @@ def means_of(records: list[dict]) -> dict[str, float]:
 
 
 def words_of(means: dict[str, float], task: str) -> str:
-    """An evaluation in words: in ARC one of the question's options is chosen."""
-    rest = f"exact match {means['EM']:.4f}, F1 {means['F1']:.4f}"
-    if task == "arc":
-        rest = f"option accuracy {means['EM']:.4f}"
-    return f"loss {means['loss']:.4f}, token accuracy {means['acc']:.4f}, {rest}"
+    exact = f"option accuracy {means['EM']:.4f}" if task == "arc" else f"exact match {means['EM']:.4f}"
+    f1 = f", F1 {means['F1']:.4f}" if task == "hotpotqa" else ""
+    return f"loss {means['loss']:.4f}, token accuracy {means['acc']:.4f}, {exact}{f1}"
 
 
 def words_in(tokens: list[int], tokenizer) -> str:
@@ -144,10 +140,6 @@ def normalise(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: what two answers are compared by."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split())
-
-
-def exact_match(answer: str, gold: str) -> float:
-    return float(normalise(answer) == normalise(gold))
 
 
 def f1_score(answer: str, gold: str) -> float:
@@ -294,11 +286,10 @@ def text_of_log(rounds: list[Round]) -> str:
 def report(recipe: Round, folder: Path) -> tuple[dict, str]:
     """The report on the finished seeds in a round's folder, also written beside it under the log's file name."""
     name = recipe.log["summary"] if recipe.log else f"_summary_{recipe.name}.txt"
-    with locked(folder, wait=True):    # or of two processes the one that knew less might write last
-        result = analyse(read_round(folder), recipe)
-        text = text_of([result])
-        with atomic_write(folder.with_name(name), "w") as file:
-            file.write(text)
+    result = analyse(read_round(folder), recipe)
+    text = text_of([result])
+    with atomic_write(folder.with_name(name), "w") as file:
+        file.write(text)
     return result, text
 
 
@@ -336,7 +327,7 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
 
 # ---- ask ---------------------------------------------------------------------------------------------------
 
-def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) -> str:
+def ask(checkpoint: Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) -> str:
     """A trained model's answer: its next tokens after the prompt, up to the end of the line.
 
     Args: checkpoint, an official-format file; the run.json and fs.pth that a run leaves beside it decide on
@@ -344,64 +335,54 @@ def ask(checkpoint: str | Path, text: str, *, max_new=24, temperature=0.0, top_p
         theirs; max_new, tokens (a model of the stand-in writes one); temperature and top_p as in generate.
     Raises: ValueError or OSError naming the file or the value.
     """
-    checkpoint = Path(checkpoint)
     if max_new < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError("--max-new must be 1 or more, --temperature 0 or more, --top-p above 0 and up to 1")
     prompt = text if text.rstrip().endswith("Answer:") else f"Question:\n{text.strip()}\n\nAnswer:"
-    model = RWKV7.load(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = RWKV7.load(checkpoint).to(device)
     tokenizer = Tokenizer()
     if model.config.vocab_size == len(small_tokenizer().tokens):
         tokenizer, max_new = small_tokenizer(), 1    # its answers are a token long, and nothing marks their end
-    fs = None
-    if checkpoint.with_name("fs.pth").exists():
-        run = read_run(checkpoint.absolute().parent)
-        try:
-            recipe = Round(run["round"], "", **run["settings"])
-            fs = FutureSeed(model.config, **recipe.fs_settings())
-            fs.load_state_dict(read_tensors(checkpoint.with_name("fs.pth"))[0])
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{checkpoint.with_name('fs.pth')}: does not fit its run.json ({error!r:.160})")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    if fs is not None:
-        fs.to(device)
+    fs, own = None, checkpoint.with_name("fs.pth")
+    if own.exists():
+        with damage_told(own):
+            run = read_run(checkpoint.absolute().parent)
+            fs = FutureSeed(model.config, **Round(run["round"], "", **run["settings"]).fs_settings()).to(device)
+            fs.load_state_dict(read_tensors(own)[0])
     tokens, lengths = pad([tokenizer.encode(prompt)], device)
     if tokens.max() >= model.config.vocab_size:
         raise ValueError(f"{checkpoint}: its vocabulary has {model.config.vocab_size} entries, not 65536")
     with torch.no_grad():
         hidden, state = prefill(model, tokens, lengths, fs)
-        stop = (END_OF_DOCUMENT, *tokenizer.encode("\n"))
         new = model.generate(model.head(hidden[:, -1]), state, max_new, temperature=temperature, top_p=top_p,
-                             stop=stop)
+                             stop=(END_OF_DOCUMENT, *tokenizer.encode("\n")))
     return words_in(new[0].tolist(), tokenizer).strip().split("\n")[0]
 
 
 # ---- the command line --------------------------------------------------------------------------------------
 
 EXAMPLES = f"""examples:
-  python eval.py R8                         one round, every finished seed in runs/
-  python eval.py --all                      every round found
-  python eval.py S20 --runs runs/standin    rounds that ran on the stand-in; --json for programs
-  python eval.py --log                      the log's own table, recomputed
+  python eval.py R8                    one round, every finished seed in runs/ and in runs/standin/
+  python eval.py --all --json          every round found, for programs
+  python eval.py --log                 the log's own table, recomputed
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
 
-the verdict on a round, by a rule fixed before any run: {RULE}"""
+{RULE}"""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Report on rounds that were run: both arms, paired differences, the verdict, the log.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("rounds", nargs="*", metavar="R", help="rounds, as train.py --list names them")
     option("--all", action="store_true", help="every round that has runs")
-    option("--runs", type=Path, metavar="DIR", help="where they are (default: runs, else runs/standin)")
+    option("--runs", type=Path, metavar="DIR", help="where they are (default: runs and runs/standin)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
-    option("--checkpoint", metavar="PATH", help="the model to ask, as in runs/R8/seed1/prompt_fs/model.pth")
+    option("--checkpoint", type=Path, metavar="PATH", help="the model to ask: runs/R8/seed1/prompt_fs/model.pth")
     option("--max-new", type=int, default=24, metavar="N", help="at most so many tokens (default: 24)")
     option("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
     option("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
@@ -417,28 +398,22 @@ def print_reports(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
     real, miniatures = load_rounds()
     folders = [args.runs] if args.runs else [Path("runs"), Path("runs/standin")]
-    seeds = None if args.seeds is None else seeds_of(args.seeds)
-    wanted = [(folder, name) for name in (real if args.all else expand(args.rounds, real)) for folder in folders
-              if seeds_on_disk(folder / name)]
-    if not wanted:
-        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; run train.py first, or name "
-                                "--runs DIR")
-    results, failed = [], False
-    for folder, name in wanted:
+    found = [folder / name for name in (real if args.all else expand(args.rounds, real)) for folder in folders
+             if seeds_on_disk(folder / name)]
+    if not found:
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; name --runs DIR, or run train.py")
+    results, troubles = [], []
+    for folder in found:
         try:
-            runs = read_round(folder / name, seeds)
-            results.append(analyse(runs, (miniatures if runs.run["standin"] else real)[name]))
-            troubles = runs.damaged
+            runs = read_round(folder, args.seeds and seeds_of(args.seeds))
+            results.append(analyse(runs, (miniatures if runs.run["standin"] else real)[folder.name]))
+            troubles += runs.damaged
         except (ValueError, OSError) as error:
-            troubles = [str(error)]
-        for trouble in troubles:
-            failed = True
-            complain(trouble)
-    if args.json:
-        print(json.dumps({"rounds": results}, indent=1))
-    else:
-        print(text_of(results), end="")
-    return 2 if failed else 0
+            troubles.append(error)
+    print(json.dumps({"rounds": results}, indent=1) if args.json else text_of(results))
+    for trouble in troubles:
+        complain(trouble)
+    return 2 if troubles else 0
 
 
 def main(argv: list[str] | None = None) -> int:

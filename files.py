@@ -1,15 +1,15 @@
 """The disk and the terminal: files whole or not at all, folders with one owner, runs read back, progress.
 
 A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
-name in the same folder, flushed to the disk, and only then renamed, which the file system does in one step: a
-reader sees the whole old file or the whole new one, never a part. And a run may have been stopped, moved or
-edited: what is read back is checked, and nothing damaged, unfinished or unlike is ever averaged.
+name beside its own, flushed to the disk, and only then renamed, which the file system does in one step. And a
+run may have been stopped, moved or edited: nothing damaged, unfinished or unlike is ever averaged.
 
 Shapes: S seeds, n examples, M metrics.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -121,28 +121,26 @@ def write_run(folder: Path, run: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Own a folder, made if need be, and clear away what a killed owner left half written in its folders.
 
-    Raises ValueError where another process owns it. With `wait` the folder is shared by turns: wait for that
-    one to leave, and clear nothing.
+    Raises ValueError where another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        with contextlib.suppress(OSError):    # some network disks have no locks
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             try:
-                if fcntl:
-                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
                                  "--runs DIR") from None
-        for leftover in folder.glob("*/.*.????????") if not wait else ():
+            except OSError:
+                pass    # some network disks have no locks
+        for leftover in folder.glob("*/.*.????????"):
             leftover.unlink()
         yield
-    finally:
-        if fcntl:
-            os.close(handle)
 
 
 def clear(folder: Path, arms: list[str]) -> None:
@@ -158,20 +156,11 @@ def clear(folder: Path, arms: list[str]) -> None:
 
 # ---- what a run is -----------------------------------------------------------------------------------------
 
-def leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
-    """A nested dict's values with their names, as ("settings.lr", 1e-5)."""
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from leaves(inner, f"{name}{key}.")
-        else:
-            yield f"{name}{key}", inner
-
-
 def in_words(there: dict, here: dict, most: int = 3) -> str:
-    """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
-    old, new = dict(leaves(there)), dict(leaves(json.loads(json.dumps(here))))
-    found = [f"{name}: {str(old.get(name))[:24]} there, {str(new.get(name))[:24]} here"
-             for name in {**old, **new} if old.get(name) != new.get(name)]
+    """Where two dicts differ, as `"lr": 1e-05 there, "lr": 3e-05 here`; "" where they do not."""
+    old, new = (json.dumps(value, indent=0).splitlines() for value in (there, here))
+    found = [f"{a.strip(',')[:44]} there, {b.strip(',')[:44]} here"
+             for a, b in itertools.zip_longest(old, new, fillvalue="nothing") if a != b]
     return "; ".join(found[:most] + [f"and {len(found) - most} more"] * (len(found) > most))
 
 
@@ -184,26 +173,24 @@ def refuse_another(place: Path, found: dict, wanted: dict) -> None:
 
 @contextlib.contextmanager
 def damage_told(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a file is read and taken apart is one ValueError that names it."""
+    """Whatever goes wrong while something is read and taken apart is one ValueError that names it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise ValueError(f"{path}: damaged ({error!r:.100}); {AGAIN}") from error
 
 
 def read_run(folder: Path) -> dict:
-    """An arm's run.json, checked. ValueError names the file; FileNotFoundError where there is none."""
-    path = folder / "run.json"
-    with damage_told(path):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"round": str, "seed": int, "arm": str, "standin": bool, "status": str, "steps": int,
-                 "settings": dict, "base": dict, "data": dict, "history": list}
-        for key, kind in kinds.items():
-            if type(run[key]) is not kind:
-                raise ValueError(f"{key} is no {kind.__name__}")
+    """An arm's run.json. ValueError names the file; FileNotFoundError where there is none."""
+    with damage_told(folder / "run.json"):
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         here = [run["round"], f"seed{run['seed']}", run["arm"]]
         if here != list(folder.absolute().parts[-3:]):
             raise ValueError(f"it is {'/'.join(here)}'s")
+        if run["status"] not in ("running", "done") or type(run["steps"]) is not int:
+            raise ValueError("status or steps")
     return run
 
 
@@ -252,12 +239,12 @@ class Runs:
     """The finished seeds of one round, arms side by side."""
 
     seeds: list[int]
-    steps: list[list[int]]     # a seed: the last evaluations of its two arms
-    scores: np.ndarray         # these evaluations, (S, 2, n, M), the examples in the order of their ids
+    steps: list[list[int]]     # a seed: its two arms' last evaluations
+    scores: np.ndarray         # in these, (S, 2, n, M), the examples in the order of their ids
     controls: dict[str, list[float]]    # control: accuracy of prompt_fs under it, by seed
     run: dict                  # run.json of one arm
     notes: list[str]           # seeds left out, and differences that a report may have but must tell
-    damaged: list[str]         # seeds left out since they cannot be read
+    damaged: list[str]         # seeds that cannot be read
 
 
 def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list[float]]]:
@@ -282,27 +269,27 @@ def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list
 
 def same_of(run: dict, across_seeds: bool) -> dict:
     """What must not differ between runs. On the stand-in a seed has its own base and training questions."""
-    same = {key: run.get(key) for key in ("standin", "settings", "minutes", "base", "data")}
+    same = {key: run[key] for key in ("standin", "settings", "minutes", "base", "data")}
     if across_seeds and run["standin"]:
-        same |= {"base": None, "data": run["data"].get("validation")}
+        same |= {"base": None, "data": run["data"]["validation"]}
     return same
 
 
 def read_seed(folder: Path) -> tuple[list[dict], list[dict], dict]:
     """Both arms of a seed: their run.json, their last evaluations, the controls of prompt_fs.
 
-    Raises FileNotFoundError where an arm is not finished, ValueError where it is damaged or unlike the other.
+    Raises OSError where an arm is not finished, ValueError where it is damaged or unlike the other.
     """
     runs = [read_run(folder / arm) for arm in ARMS]
     for run in runs:
         if run["status"] != "done":
-            raise FileNotFoundError(f"{run['arm']} stands at step {run['steps']}")
-    last = [read_records(folder / arm / "records.jsonl").get(run["steps"], {}) for arm, run in zip(ARMS, runs)]
-    unlike = in_words(same_of(runs[0], False), same_of(runs[1], False))
-    if unlike or last[0].keys() != last[1].keys() or not last[0]:
-        unlike = unlike or "they were not scored on the same examples at their ends"
-        raise ValueError(f"{folder}: its arms cannot be compared: {unlike}; {AGAIN}")
-    return runs, last, read_records(folder / ARMS[1] / "controls.jsonl", by="control")
+            raise OSError(f"{folder / run['arm']} stands at step {run['steps']}")
+    with damage_told(folder):
+        last = [read_records(folder / run["arm"] / "records.jsonl")[run["steps"]] for run in runs]
+        unlike = in_words(same_of(runs[0], False), same_of(runs[1], False))
+        if unlike or last[0].keys() != last[1].keys():
+            raise ValueError(f"its arms are unlike: {unlike or 'other questions'}")
+        return runs, last, read_records(folder / ARMS[1] / "controls.jsonl", by="control")
 
 
 def seeds_on_disk(folder: Path) -> list[int]:
@@ -320,31 +307,29 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
     for seed in seeds_on_disk(folder) if seeds is None else seeds:
         try:
             found[seed] = read_seed(folder / f"seed{seed}")
-        except FileNotFoundError as error:
-            notes.append(f"left out, not finished: seed {seed} ({error})")
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            notes.append(f"left out, not finished: seed {seed} ({error.strerror or error})")
+        except ValueError as error:
             damaged.append(str(error))
     if not found:
-        reason = "; ".join(damaged + notes) or "no runs"
-        raise FileNotFoundError(f"{folder}: no finished seed ({reason}); run train.py --round {folder.name}")
-    first, last, controls = next(iter(found.values()))
+        raise FileNotFoundError(f"{folder}: no finished seed ({'; '.join(damaged + notes) or 'no runs'})")
+    (first, _), last, controls = next(iter(found.values()))
     ids = sorted(last[0])
+    where = {key: first["history"][0][key] for key in ("code", "machine")}
     for seed, (runs, last, _) in found.items():
-        unlike = in_words(same_of(first[0], True), same_of(runs[0], True))
+        unlike = in_words(same_of(first, True), same_of(runs[0], True))
         if unlike or sorted(last[0]) != ids:
-            raise ValueError(f"{folder}: seeds {first[0]['seed']} and {seed} cannot be compared "
+            raise ValueError(f"{folder}: seeds {first['seed']} and {seed} cannot be compared "
                              f"({unlike or 'other questions'}); run both alike, or keep them apart with --runs DIR")
-        for run in runs:
-            for entry in run["history"]:
-                other = in_words({**first[0]["history"][0], "from_step": None}, {**entry, "from_step": None})
-                if other and not any(note.startswith("ran") for note in notes):
-                    notes.append(f"ran on more than one machine or code: {other}")
+        for entry in runs[0]["history"] + runs[1]["history"]:
+            other = in_words(where, {key: entry[key] for key in where})
+            if other:
+                notes.append(f"seed {seed} ran on another machine or code: {other}")
     return Runs(
         seeds=list(found),
         steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],
         scores=np.array([[[scores[id] for id in ids] for scores in last] for _, last, _ in found.values()]),
-        controls={control: [float(np.mean([scores[0] for scores in seed[2][control].values()]))
-                            for seed in found.values()]
-                  for control in controls if all(control in seed[2] for seed in found.values())},
-        run=first[0], notes=notes, damaged=damaged,
+        controls={control: [float(np.mean([scores[0] for scores in by_control[control].values()]))
+                            for _, _, by_control in found.values()] for control in controls},
+        run=first, notes=list(dict.fromkeys(notes)), damaged=damaged,
     )

@@ -51,23 +51,20 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
     arc: the options "D. Ann", "K. Bob", …; "Who is Bob?"; "K" (2 to 26 facts), the labels drawn and sorted.
 
-    Paragraphs have no titles, and a fact is three tokens there and four here, since the stand-in trains on a
-    CPU. No question can be answered without the facts. A hash of the facts, in whatever order, and the
-    question decides which split they are in: training and validation share none, and from three facts on
-    neither runs out. Raises ValueError for an unknown split or n_facts out of range.
+    No question can be answered without the facts. A hash of the facts, in whatever order, and the question
+    decides which split they are in: training and validation share none. Raises ValueError for n_facts out of
+    range.
     """
     most = len(NAMES) if task == "hotpotqa" else len(LABELS)
-    if split not in ("train", "validation") or not 2 <= n_facts <= most:
-        raise ValueError(f"the stand-in has train and validation, 2 to {most} facts: not {split}, {n_facts}")
+    if not 2 <= n_facts <= most:
+        raise ValueError(f"facts = {n_facts}: questions of the stand-in have 2 to {most}; --real has records")
     rng = random.Random(f"{task} {split} {seed}")
     records: list[dict] = []
     while len(records) < n:
         names = rng.sample(NAMES, n_facts)
         asked = rng.randrange(n_facts)
-        if task == "hotpotqa":
-            values = rng.choices(VERBS, k=n_facts)
-        else:
-            values = sorted(rng.sample(LABELS, n_facts))    # were they always A, B, C, …, places would do
+        # were labels always A, B, C, …, an option's place would give them away
+        values = rng.choices(VERBS, k=n_facts) if task == "hotpotqa" else sorted(rng.sample(LABELS, n_facts))
         facts = [f"{name} {value}" for name, value in zip(names, values)]
         identity = " ".join(sorted(facts) + [names[asked]]).encode()
         if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
@@ -96,13 +93,11 @@ class SmallTokenizer(Tokenizer):
     def __init__(self):
         super().__init__()
         texts = [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
-        for task, read, end in (("arc", read_arc, "\n\nAnswer: "), ("hotpotqa", read_hotpotqa, "\n\nAnswer:")):
+        for task, read, end in ("arc", read_arc, "\n\nAnswer: "), ("hotpotqa", read_hotpotqa, "\n\nAnswer:"):
             context, question = read(standin_records(task, "train", 1, 0, 2)[0])[:2]
             texts += ["\n\n".join(arrange(order, context, question)) + end
                       for order in ("context_first", "question_first")]
-        used = set()
-        for text in texts:
-            used.update(super().encode(text))
+        used = {token for text in texts for token in Tokenizer.encode(self, text)}
         self.number = {token: number for number, token in enumerate(sorted(used), start=1)}
         self.tokens = {number: self.tokens[token] for token, number in self.number.items()}
         self.tokens[END_OF_DOCUMENT] = b""
