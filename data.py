@@ -74,8 +74,8 @@ def field(record: dict, key: str, kind: type):
 
 
 def arrange(order: str, context: str, question: str) -> list[str]:
-    """A prompt's blocks. The log has the first two orders; the others are what people do when a question comes
-    last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
+    """A prompt's blocks. The log has the first two orders. The others are what people do with a question that
+    comes last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
     return {
         "context_first": [context, question],
         "question_first": [question, context],
@@ -297,7 +297,7 @@ def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
         with atomic_write(path, "w") as file:
             json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
     except OSError as error:
-        say(f"note: {path.parent} cannot be written ({error.strerror}); without a cache every start takes longer")
+        say(f"note: {path.parent} cannot be written ({error.strerror}); without a cache starts take longer")
     return examples
 
 

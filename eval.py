@@ -10,8 +10,8 @@ difference d is prompt_fs minus no_fs on the same example, at the last evaluatio
     EM      HotpotQA: exact match of the greedy text; ARC: is the likeliest of the question's labels right
     F1      HotpotQA: of the greedy text
 
-References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM and
-F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, A tokens in its
+References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM
+and F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, A tokens in its
 longest answer, V vocabulary entries.
 """
 
@@ -42,7 +42,7 @@ from tokenizer import END_OF_DOCUMENT, Tokenizer
 
 SHOWN = "S3"    # the round in which Future-Seed is seen at work
 # prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
-CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of the prompt with its end shuffled"}
+CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, the end shuffled"}
 
 
 # ---- score -------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
           tick: Callable[[int, int], None] = lambda done, more: None) -> list[dict]:
     """One evaluation: a record for every example, in the order of the examples, whatever the batches.
 
-    Args: model, on `device`; fs, Future-Seed while reading the prompts, or None; batch_size, examples at once;
+    Args: model, on `device`; fs, Future-Seed while prompts are read, or None; batch_size, examples at once;
         step and control, one of CONTROLS, written into the records; tick, called after every batch with how
         many examples are done and how many of them in this batch. On a GPU products are in bf16.
     Returns: dicts with step, id, loss (first answer token's negative log likelihood plus the mean of the
@@ -231,10 +231,12 @@ def text_of_round(result: dict, p_in_words: str) -> str:
         for line in result["per_seed"]:
             value, steps = line[metric], "/".join(map(str, dict.fromkeys(line["steps"])))
             lines.append(f"{metric:<6} {line['seed']:<5} {steps:>7} {value['no_fs']:>8.4f} "
-                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  {span(value['low'], value['high'])}")
+                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  "
+                         f"{span(value['low'], value['high'])}")
         over = result["over_seeds"][metric]
         if S > 1:
-            lines.append(f"{metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) {over['signs']}")
+            lines.append(f"{metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) "
+                         f"{over['signs']}")
     if S >= MIN_SEEDS:
         share, low, high = result["gain"]
         lines += [f"d_acc of the typical seed: median {result['median']:+.4f} {span(*result['interval'])}; "
@@ -242,7 +244,7 @@ def text_of_round(result: dict, p_in_words: str) -> str:
                   f"a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]",
                   f"verdict on d_acc: {result['verdict']}"]
     else:
-        lines.append(f"verdict on d_acc: {result['verdict']}: {S} of the {MIN_SEEDS} seeds that a verdict needs")
+        lines.append(f"verdict on d_acc: {result['verdict']}, with {S} of the {MIN_SEEDS} seeds that it needs")
     if result["standin"]:
         without, with_fs = result["jumped"]
         lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
@@ -254,27 +256,30 @@ def text_of_round(result: dict, p_in_words: str) -> str:
     if log:
         real = " (on real records)" if result["standin"] else ""
         lines.append(f"the log{real}: d_acc {' '.join(f'{delta:+.4f}' for delta in log['d_acc'])}, mean "
-                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule {log['verdict']}")
+                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule "
+                     f"{log['verdict']}")
     return "\n  ".join(lines) + "\n"
 
 
 def text_of(results: list[dict]) -> str:
-    """The reports of several rounds. One comparison was registered as the study's question; the p-values of the
-    others are those of one family of tests."""
+    """The reports of several rounds. One comparison was registered as the study's question; the p-values of
+    the others are those of one family of tests."""
     family = [result for result in results if not result["primary"] and len(result["seeds"]) >= MIN_SEEDS]
     corrected = dict(zip([id(result) for result in family], holm([result["p"] for result in family])))
     texts = []
     for result in results:
         kind = f"(Holm, {len(family)} rounds)" if len(family) > 1 else "(exploratory)"
-        p, kind = (result["p"], "(registered)") if result["primary"] else (corrected.get(id(result), 1.0), kind)
+        p = corrected.get(id(result), 1.0)
+        if result["primary"]:
+            p, kind = result["p"], "(registered)"
         texts.append(text_of_round(result, f"p {p:.4f} {kind}"))
     return "\n".join(texts)
 
 
 def text_of_log(rounds: list[Round]) -> str:
     """The log's table, recomputed from its per-seed numbers."""
-    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; the log's "
-             "words"]
+    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; the "
+             "log's words"]
     for recipe in rounds:
         log = log_numbers(recipe)
         deltas, (mean, std) = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
@@ -284,7 +289,7 @@ def text_of_log(rounds: list[Round]) -> str:
 
 
 def report(recipe: Round, folder: Path) -> tuple[dict, str]:
-    """The report on the finished seeds in a round's folder, also written beside it under the log's file name."""
+    """The report on the finished seeds in a round's folder, also written beside it under the log's name."""
     name = recipe.log["summary"] if recipe.log else f"_summary_{recipe.name}.txt"
     result = analyse(read_round(folder), recipe)
     text = text_of([result])
@@ -294,7 +299,7 @@ def report(recipe: Round, folder: Path) -> tuple[dict, str]:
 
 
 def explain(result: dict, seed: int, validation: list[Example], tokenizer, folder: Path) -> str:
-    """A seed on the stand-in in plain words: what was asked, what came out, what that does and does not say."""
+    """A seed on the stand-in in plain words: what was asked, what came out, what that does not say."""
     s = result["seeds"].index(seed)
     acc, off, settings = result["per_seed"][s]["acc"], result["controls"]["off"][s], result["settings"]
     answers = []
@@ -302,26 +307,29 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
         answers.append([json.loads(line)["text"].strip() for line in lines])
     differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
-    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact picked at "
-             f"random is right {result['chance']:.0%} of the time.",
-             f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
+    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact picked "
+             f"at random is right {result['chance']:.0%} of the time.",
+             f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it "
+             f"{acc['prompt_fs']:.0%}.",
              f"The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
     for i in differ[:4]:
         question = " ".join(tokenizer.decode(validation[i].prompt).replace("\n\n", ", ").split())
-        lines += [f"  {question}", f"    right is {validation[i].text}; no_fs says {answers[0][i]}, prompt_fs says "
-                  f"{answers[1][i]}"]
+        lines += [f"  {question}", f"    right is {validation[i].text}; no_fs says {answers[0][i]}, "
+                  f"prompt_fs says {answers[1][i]}"]
     lines.append(f"With its seed states switched off after training, prompt_fs answers {off:.0%} right.")
     if abs(acc["prompt_fs"] - off) < EFFECT:
         gate = 1 / (1 + math.exp(-settings["alpha_init"]))
-        lines += [f"So it does not use them. In this round their gate {'starts at' if settings['alpha_lr'] else 'is'} "
-                  f"{gate:.3f}, from layer {settings['fs_layer_start']} on.",
+        is_ = "starts at" if settings["alpha_lr"] else "is"
+        lines += [f"So it does not use them. In this round their gate {is_} {gate:.3f}, from layer "
+                  f"{settings['fs_layer_start']} on.",
                   f"Future-Seed at work, in the same time: python train.py --round {SHOWN} --seed {seed}"]
     else:
         lines.append("So it answers by way of them.")
     prompt = tokenizer.decode(validation[0].prompt).replace("\n", "\\n")
-    lines += [f"One seed decides nothing, for another may learn what this one missed. A verdict needs {MIN_SEEDS}: "
-              f"--seeds 0-{MIN_SEEDS - 1}",
-              f"To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask $'{prompt}'"]
+    lines += ["One seed decides nothing, for another may learn what this one missed. A verdict needs "
+              f"{MIN_SEEDS}: --seeds 0-{MIN_SEEDS - 1}",
+              f"To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask "
+              f"$'{prompt}'"]
     return "\n  ".join(lines)
 
 
@@ -342,12 +350,13 @@ def ask(checkpoint: Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) 
     model = RWKV7.load(checkpoint).to(device)
     tokenizer = Tokenizer()
     if model.config.vocab_size == len(small_tokenizer().tokens):
-        tokenizer, max_new = small_tokenizer(), 1    # its answers are a token long, and nothing marks their end
+        tokenizer, max_new = small_tokenizer(), 1    # its answers are one token, and nothing marks their end
     fs, own = None, checkpoint.with_name("fs.pth")
     if own.exists():
         with damage_told(own):
             run = read_run(checkpoint.absolute().parent)
-            fs = FutureSeed(model.config, **Round(run["round"], "", **run["settings"]).fs_settings()).to(device)
+            recipe = Round(run["round"], "", **run["settings"])
+            fs = FutureSeed(model.config, **recipe.fs_settings()).to(device)
             fs.load_state_dict(read_tensors(own)[0])
     tokens, lengths = pad([tokenizer.encode(prompt)], device)
     if tokens.max() >= model.config.vocab_size:
@@ -382,7 +391,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
-    option("--checkpoint", type=Path, metavar="PATH", help="the model to ask: runs/R8/seed1/prompt_fs/model.pth")
+    option("--checkpoint", type=Path, metavar="PATH", help="of the model to ask, as a run's model.pth")
     option("--max-new", type=int, default=24, metavar="N", help="at most so many tokens (default: 24)")
     option("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
     option("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
@@ -401,7 +410,8 @@ def print_reports(args: argparse.Namespace) -> int:
     found = [folder / name for name in (real if args.all else expand(args.rounds, real)) for folder in folders
              if seeds_on_disk(folder / name)]
     if not found:
-        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; name --runs DIR, or run train.py")
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; run train.py, or name "
+                                "--runs DIR")
     results, troubles = [], []
     for folder in found:
         try:

@@ -205,13 +205,14 @@ def status_of(folder: Path, identity: dict) -> str:
 
 def twin_key(identity: dict, surroundings: dict) -> str:
     """A hash of all that decides the bits of an arm without Future-Seed, whatever its round is called."""
-    settings = {key: value for key, value in identity["settings"].items() if not key.startswith(("fs_", "alpha_"))}
+    settings = {key: value for key, value in identity["settings"].items()
+                if not key.startswith(("fs_", "alpha_"))}
     decisive = {**identity, **surroundings, "round": None, "settings": settings, "from_step": None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
-    """Take over another round's no_fs, if it is the same and whole, as R8 does R6's. Returns whether there was one.
+    """Take over another round's no_fs, if it is the same and whole, as R8 does R6's; was there one?
 
     Budgets in minutes depend on the clock and have no twins, nor has what was resumed in other surroundings.
     """
@@ -219,11 +220,12 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
     shutil.rmtree(temporary, ignore_errors=True)
     twins = folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")
     for path in sorted(twins) if identity["minutes"] is None and folder.name == "no_fs" else ():
-        with contextlib.suppress(ValueError, OSError):    # damaged, or being deleted: its own round will complain
+        with contextlib.suppress(ValueError, OSError):    # damaged, or being deleted: its round will complain
             run = read_run(path)
             if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:
                 shutil.copytree(path, temporary)
-                if run["steps"] in read_records(temporary / "records.jsonl") and (temporary / "model.pth").exists():
+                scored = read_records(temporary / "records.jsonl")
+                if run["steps"] in scored and (temporary / "model.pth").exists():
                     write_run(temporary, {**run, **identity, "copied_from": run["round"]})
                     temporary.rename(folder)
                     say(f"{folder}: the same run as {path}, copied from there")
@@ -256,7 +258,8 @@ def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list
     with damage_told(path):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
-            correct, tokens, loss, exact, f1 = (record[key] for key in ("correct", "tokens", "loss", "exact", "f1"))
+            correct, tokens, loss = record["correct"], record["tokens"], record["loss"]
+            exact, f1 = record["exact"], record["f1"]
             evaluation = evaluations.setdefault(record[by], {})
             if not (0 <= correct <= tokens and 0 <= loss < 1e30 and exact in (0, 1) and 0 <= f1 <= 1
                     and type(record["id"]) is str and record["id"] not in evaluation):
@@ -320,7 +323,7 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
         unlike = in_words(same_of(first, True), same_of(runs[0], True))
         if unlike or sorted(last[0]) != ids:
             raise ValueError(f"{folder}: seeds {first['seed']} and {seed} cannot be compared "
-                             f"({unlike or 'other questions'}); run both alike, or keep them apart with --runs DIR")
+                             f"({unlike or 'other questions'}); run both alike, or keep one in --runs DIR")
         for entry in runs[0]["history"] + runs[1]["history"]:
             other = in_words(where, {key: entry[key] for key in where})
             if other:

@@ -137,7 +137,7 @@ def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = N
 
 
 def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
-    """A hook in the place of `fs` that gives every layer the seed state that it has on these other prompts."""
+    """A hook in the place of `fs` that gives every layer the seed state that other prompts gave it."""
     kept = {}
 
     def keep(layer, below, x_last):
@@ -152,8 +152,8 @@ def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
     """Read prompts with Future-Seed, then their answers without, as decoding would.
 
     Args: prompt (B, T), prompt_lengths (B,), answer (B, A), as data.collate gives them.
-    Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answer positions
-    get logits: (B, T, V) would be a gigabyte at T = 4096.
+    Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answers get
+    logits: (B, T, V) would be a gigabyte at T = 4096.
     """
     given = answer[:, :-1] if answer.shape[1] > 1 else None
     hidden, state = model(prompt, lengths=prompt_lengths, seed=fs, answer=given)
@@ -164,8 +164,9 @@ def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
 
 
 def answer_loss(logits, answer, answer_lengths):
-    """Each example's loss as in the log, (B,) in nats: the first answer token's plus the mean of the others'."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none").view(answer.shape)
+    """Each example's loss as in the log, (B,), nats: the first answer token's plus the mean of the others'."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
+    loss = loss.view(answer.shape)
     positions = torch.arange(answer.shape[1], device=answer.device)
     rest = (positions > 0) & (positions < answer_lengths.unsqueeze(1))
     rest_loss = loss.masked_fill(~rest, 0).sum(dim=1) / (answer_lengths - 1).clamp_min(1)

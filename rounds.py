@@ -94,7 +94,8 @@ class Round:
 
 
 # name -> type, of all that rounds.toml and --set may hold
-SETTINGS = {field.name: field.type for field in dataclasses.fields(Round) if field.name not in ("name", "log")}
+SETTINGS = {field.name: field.type for field in dataclasses.fields(Round)
+            if field.name not in ("name", "log")}
 
 
 def checked(key: str, value, where: str):

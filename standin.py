@@ -82,7 +82,7 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
 
 
 def chance(recipe: Round) -> float:
-    """How often the value of a fact picked at random is right: verbs may be a fact's by accident, labels not."""
+    """How often the value of a fact picked at random is right: a verb may be right by accident."""
     others = 1 - 1 / recipe.facts
     return 1 / recipe.facts + (others / len(VERBS) if recipe.task == "hotpotqa" else 0.0)
 

@@ -39,8 +39,8 @@ import torch.nn as nn
 import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
 from eval import CONTROLS, explain, means_of, report, score, words_of
-from files import (ARMS, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run, refuse_another,
-                   save_tensors, say, status_of, twin_key, write_lines, write_run)
+from files import (ARMS, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run,
+                   refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -108,7 +108,7 @@ def list_rounds(runs_dir: Path) -> None:
     """Every round's recipe, the log's numbers, and the runs that are on the disk."""
     for name, recipe in load_rounds()[0].items():
         print(f"{name}: {recipe.title}")
-        print(f"    prompts up to {recipe.max_prompt} tokens, {recipe.n_train} / {recipe.n_val} examples, batch "
+        print(f"    prompts to {recipe.max_prompt} tokens, {recipe.n_train} / {recipe.n_val} examples, batch "
               f"{recipe.batch_size}, {recipe.steps} steps, lr {recipe.lr:g}; alpha {recipe.alpha_init:g}"
               f"{' trained' * (recipe.alpha_lr > 0)} from layer {recipe.fs_layer_start}, schedule "
               f"{recipe.fs_alpha_schedule}{', not detached' * (not recipe.fs_detach)}")
@@ -176,14 +176,16 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
 
 
 def real_material(recipe: Round, args: argparse.Namespace) -> dict:
-    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file, if they are not there
-    and cannot be had."""
-    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
-                 max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
+    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that cannot be had."""
+    def examples(split: str, n: int, seed: int) -> list[Example]:
+        return load_examples(recipe.task, split, order=recipe.order, max_prompt=recipe.max_prompt,
+                             min_prompt=recipe.min_prompt, max_answer=recipe.max_answer, n=n, seed=seed,
+                             assets=args.assets, offline=args.offline)
+
     found, missing = [], []
     for load in (
-        lambda: load_examples(recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules),
-        lambda: load_examples(recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed, **rules),
+        lambda: examples("train", recipe.n_train, recipe.data_seed),
+        lambda: examples("validation", recipe.n_val, recipe.validation_seed),
         lambda: find_base(args.base, recipe, args.assets, args.offline),
     ):
         try:
@@ -213,7 +215,7 @@ def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progres
 
 
 def work_of(recipe: Round, arms: list[str]) -> float:
-    """The tokens that a seed's arms may read: a training step counts three times, or four if it recomputes."""
+    """The tokens that a seed's arms may read; a training step counts three times, four if it recomputes."""
     training = (3 + recipe.checkpoint_activations) * recipe.steps * recipe.batch_size
     scoring = (1 + -(-recipe.steps // recipe.eval_every)) * recipe.n_val
     controls = len(CONTROLS) * recipe.n_val if "prompt_fs" in arms else 0
@@ -225,10 +227,10 @@ def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) 
     lines = [f"{recipe.name}: {recipe.title}"]
     if reason:
         lines += [f"ON THE STAND-IN, in miniature: {reason}",
-                  f"made-up questions of {recipe.facts} facts; a tiny base, trained here first; numbers of their own"]
+                  f"made-up questions of {recipe.facts} facts, and a tiny base that is trained here first"]
     if args.device == "cpu" and args.base is None:
         hours = duration(3600 * real_hours(real, args.arms))
-        lines.append(f"the real round takes about {hours} a seed on a CPU" + "; --real runs it" * bool(reason))
+        lines.append(f"the real round takes about {hours} a seed on a CPU" + bool(reason) * "; --real runs it")
     budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
     lines += [f"to do: {' and '.join(args.arms)}, {budget} of {recipe.batch_size} questions each, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
@@ -340,8 +342,8 @@ class Arm:
     def finite(self, loss: float, what: str) -> None:
         """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
         if not loss < float("inf"):
-            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may help, as in "
-                             f"--set lr={self.job.recipe.lr / 3:.1g}")
+            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may help, "
+                             f"as in --set lr={self.job.recipe.lr / 3:.1g}")
 
     def read_losses(self) -> None:
         """Bring the losses since the last call from the device."""
@@ -363,7 +365,8 @@ class Arm:
                 progress.line(f"{self.name}: {what}: {done} of {len(job.validation)} questions")
 
         return score(self.model, job.validation, self.fs, device=job.device, step=step, control=control,
-                     batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // longest), tokenizer=job.tokenizer, tick=tick)
+                     batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // longest), tokenizer=job.tokenizer,
+                     tick=tick)
 
     def evaluate(self, progress: Progress) -> None:
         """Score the whole validation set and write down what came out."""
@@ -382,15 +385,15 @@ class Arm:
         return self.ledger.seconds >= 60 * self.job.minutes
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. ValueError where it is damaged or another run's."""
+        """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another run's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 identity, self.ledger = saved["identity"], Ledger(**saved["ledger"])
             except Exception as error:    # a damaged file raises half a dozen types
-                raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); use --fresh to start "
-                                 "over") from error
+                raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); --fresh starts over") \
+                    from error
             refuse_another(path, identity, self.identity)
             self.model.load_state_dict(saved["model"])
             if self.fs is not None:
@@ -400,7 +403,7 @@ class Arm:
         here, history = self.job.surroundings(), self.ledger.history
         before = {key: history[-1][key] for key in here} if history else here
         if before != here:
-            say(f"{self.name}: note, not where it ran before ({in_words(before, here)}); the last bits may differ")
+            say(f"{self.name}: not where it ran before ({in_words(before, here)}); the last bits may differ")
         if before != here or not history:
             history.append({"from_step": self.ledger.step, **here})
 
@@ -416,18 +419,18 @@ class Arm:
             write_lines(self.folder / "records.jsonl", self.ledger.records)
             write_run(self.folder, {
                 **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
-                "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history,
-            })
+                "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history})
         except OSError as error:
-            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); what "
-                          "was saved before is kept; free some space and run the same command to go on") from error
+            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); "
+                          "what was saved before is kept; free some space, and the same command goes on") from error
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
         self.model.save(self.folder / "model.pth")
         if self.fs is not None:
             write_lines(self.folder / "controls.jsonl", controls)
-            save_tensors({key: value.cpu() for key, value in self.fs.state_dict().items()}, self.folder / "fs.pth")
+            own = {key: value.cpu() for key, value in self.fs.state_dict().items()}
+            save_tensors(own, self.folder / "fs.pth")
         self.save("done")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -458,8 +461,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         arm.train_step(batch)
         if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
             arm.read_losses()
-            of = f" of {recipe.steps}" if job.minutes is None else ""
-            progress.line(f"{arm.name}: step {arm.ledger.step}{of}, loss {arm.ledger.metrics[-1]['train_loss']:.3f}")
+            loss = arm.ledger.metrics[-1]["train_loss"]
+            progress.line(f"{arm.name}: step {arm.ledger.step} of {recipe.steps}, loss {loss:.3f}")
     arm.save()
     interrupt.patient = False
     controls = [arm.scored(progress, control) for control in CONTROLS if arm.fs is not None]
@@ -483,7 +486,8 @@ def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, 
             clear(folder, args.arms)
         here = material or standin_material(recipe, seed, args, progress)
         job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, **here)
-        states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]    # a refusal comes at once
+        # of all arms before the first runs: a refusal comes at once
+        states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]
         for arm, state in zip(args.arms, states):
             twin = twin_key(job.identity(arm), job.surroundings())
             if state == "done":
@@ -504,9 +508,10 @@ def reproducible(device: str) -> None:
     # or every new tensor would be filled first, though nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # and on others: sums in AVX-512 end in other bits than in AVX2, and 250 steps make other models of them.
-        # torch and its libraries read this at their first operation
-        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        # and on others: sums in AVX-512 end in other bits than in AVX2, and 250 steps make other models of them
+        for library, name in (("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
+                              ("ONEDNN_MAX_CPU_ISA", "AVX2")):    # read at their first operation
+            os.environ[library] = name
 
 
 def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
@@ -547,8 +552,7 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
             progress.total += work_of((small if made_up else real)[later], args.arms)
             if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
                 progress.total += standin.base_work(small[later])
-        # to the small arrays of the stand-in a second thread is worth little, and on a busy machine it makes a
-        # step ten times slower
+        # to small arrays a second thread is worth little, and on a busy machine it makes a step ten times slower
         torch.set_num_threads(1 if made_up else threads)
         try:
             run_seed((small if made_up else real)[name], (miniatures if made_up else published)[name], seed,
@@ -580,7 +584,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
-        complain("out of memory; use --set micro_batch_size=1 checkpoint_activations=true, or a lower max_prompt")
+        complain("out of memory; use --set micro_batch_size=1 checkpoint_activations=true or lower max_prompt")
         return 2
     finally:
         for number, handler in handlers.items():
