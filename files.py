@@ -9,7 +9,6 @@ Shapes: S seeds, n examples, M metrics.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -156,11 +155,19 @@ def clear(folder: Path, arms: list[str]) -> None:
 
 # ---- what a run is -----------------------------------------------------------------------------------------
 
+def leaves(value, name: str = "") -> dict[str, object]:
+    """A nested dict's values by their names, as in {"settings.lr": 1e-5}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {leaf: found for key, inner in value.items()
+            for leaf, found in leaves(inner, f"{name}.{key}" if name else key).items()}
+
+
 def in_words(there: dict, here: dict, most: int = 3) -> str:
-    """Where two dicts differ, as `"lr": 1e-05 there, "lr": 3e-05 here`; "" where they do not."""
-    old, new = (json.dumps(value, indent=0).splitlines() for value in (there, here))
-    found = [f"{a.strip(',')[:44]} there, {b.strip(',')[:44]} here"
-             for a, b in itertools.zip_longest(old, new, fillvalue="nothing") if a != b]
+    """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
+    old, new = leaves(there), leaves(here)
+    found = [f"{name}: {str(old.get(name))[:24]} there, {str(new.get(name))[:24]} here"
+             for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(found[:most] + [f"and {len(found) - most} more"] * (len(found) > most))
 
 

@@ -1,95 +1,79 @@
-"""Files are written whole or not at all: exceptions, full disks, readers that look at the wrong moment."""
+"""files.py: whole files or none, one owner a folder, runs read back, twins, progress."""
 
+import contextlib
+import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import example, given, settings, strategies as st
 
-from files import atomic_write, locked
+import files
+from files import (ARMS, Progress, atomic_write, clear, copy_twin, locked, read_round, read_run,
+                   save_tensors, seeds_on_disk, status_of, twin_key, write_lines, write_run)
 
-ROOT = Path(__file__).resolve().parent.parent
 
+@contextlib.contextmanager
+def full_disk(largest: int):
+    """No file can grow beyond this many bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---- files and folders -------------------------------------------------------------------------------------
 
 def test_writes_bytes_and_text(tmp_path):
-    """Catches text in the machine's encoding, a missing folder, a file that only its owner can read."""
-    with atomic_write(tmp_path / "new" / "folder" / "a.bin") as file:
-        file.write(b"\x00\xff")
-    with atomic_write(str(tmp_path / "b.txt"), "w") as file:
-        file.write("Ω\n")
-    assert (tmp_path / "new" / "folder" / "a.bin").read_bytes() == b"\x00\xff"
-    assert (tmp_path / "b.txt").read_bytes() == "Ω\n".encode()
-    assert (tmp_path / "b.txt").stat().st_mode & 0o777 == 0o644
-    assert os.listdir(tmp_path / "new" / "folder") == ["a.bin"]
+    """Catches text in the machine's encoding, a missing folder, a file that only its owner can read, and a
+    temporary name made of the target's alone, which two writers would share."""
+    path = tmp_path / "new" / "folder" / "a"
+    with atomic_write(path) as one:
+        one.write(b"\x00\xff")
+        with atomic_write(str(path), "w") as two:
+            two.write("Ω\n")
+        assert path.read_bytes() == "Ω\n".encode()
+    assert path.read_bytes() == b"\x00\xff" and path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(path.parent) == ["a"]
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
-@pytest.mark.parametrize("existing", [True, False])
-def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, existing):
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("before", [["model.pth"], []])
+def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, before):
     """Catches half a file under its final name, a lost old one, a temporary one left (Ctrl-C too)."""
+    for name in before:
+        (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(error), atomic_write(tmp_path / "model.pth") as file:
+        file.write(b"half of the new")
+        file.flush()
+        raise error
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError), atomic_write(tmp_path / "folder"):    # the renaming is what fails
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["folder", *before]
+    assert all((tmp_path / name).read_bytes() == b"old" for name in before)
+
+
+def test_a_full_disk_leaves_everything_as_it_was(tmp_path):
+    """Catches a short file renamed into place, and torch's RuntimeError, which nobody turns into one line."""
     path = tmp_path / "model.pth"
-    if existing:
-        path.write_bytes(b"old")
-    with pytest.raises(error):
-        with atomic_write(path) as file:
-            file.write(b"half of the new")
-            file.flush()
-            assert not existing or path.read_bytes() == b"old"
-            raise error
-    assert os.listdir(tmp_path) == (["model.pth"] if existing else [])
-    assert not existing or path.read_bytes() == b"old"
-
-
-def test_a_target_that_is_a_folder(tmp_path):
-    """Catches a temporary file left behind when the last step, the renaming, is what fails."""
-    (tmp_path / "target").mkdir()
-    with pytest.raises(OSError):
-        with atomic_write(tmp_path / "target") as file:
-            file.write(b"new")
-    assert os.listdir(tmp_path) == ["target"]
-
-
-def run_with_a_full_disk(folder: Path, code: str) -> subprocess.CompletedProcess:
-    """Run code where no file can grow beyond 4096 bytes, as if the disk were full."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", limit + code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("write", [
-    "file.write(b'x' * 5000)",                       # buffered: fails at the flush
-    "file.write(b'x' * 10**6)",                      # unbuffered: fails at the write
-])
-def test_a_full_disk_leaves_everything_as_it_was(tmp_path, write):
-    """Catches a short file renamed into place because a failed write or flush went unnoticed."""
-    pytest.importorskip("resource")
-    (tmp_path / "model.pth").write_bytes(b"old")
-    code = f"from files import atomic_write\nwith atomic_write('model.pth') as file:\n    {write}\n"
-    process = run_with_a_full_disk(tmp_path, code)
-    assert process.returncode == 1 and "OSError" in process.stderr
-    assert os.listdir(tmp_path) == ["model.pth"]
-    assert (tmp_path / "model.pth").read_bytes() == b"old"
-
-
-def test_saving_a_model_on_a_full_disk(tmp_path):
-    """Catches torch.save's own ways to fail: an abort, or an error nobody turns into one line."""
-    pytest.importorskip("resource")
-    (tmp_path / "model.pth").write_bytes(b"old")
-    code = """
-from model import Config, RWKV7
-try:
-    RWKV7.init(Config.published(1, 32, 16, 50)).save("model.pth")
-except (ValueError, OSError) as error:
-    print("one line:", error)
-"""
-    process = run_with_a_full_disk(tmp_path, code)
-    assert os.listdir(tmp_path) == ["model.pth"]
-    assert (tmp_path / "model.pth").read_bytes() == b"old"
-    assert process.returncode == 0 and process.stdout.startswith("one line:"), process.stderr[-500:]
+    path.write_bytes(b"old")
+    with full_disk(300_000):
+        for size in (300_001, 1_000_000):    # fails at the flush, and before
+            with pytest.raises(OSError, match="File too large"), atomic_write(path) as file:
+                file.write(bytes(size))
+        with pytest.raises(OSError, match=f"{path}: cannot be written"):
+            save_tensors({"w": torch.zeros(100_000)}, path)
+    assert os.listdir(tmp_path) == ["model.pth"] and path.read_bytes() == b"old"
 
 
 def test_a_reader_never_sees_a_part(tmp_path):
@@ -97,57 +81,280 @@ def test_a_reader_never_sees_a_part(tmp_path):
     path = tmp_path / "metrics.jsonl"
     contents = [bytes([letter]) * 200_000 for letter in b"ab"]
     path.write_bytes(contents[0])
-    seen, stop = set(), threading.Event()
 
-    def read():
-        while not stop.is_set():
-            seen.add(path.read_bytes())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        for turn in range(60):
+    def write():
+        for turn in range(40):
             with atomic_write(path) as file:
-                for start in range(0, 200_000, 50_000):
-                    file.write(contents[turn % 2][start : start + 50_000])
-                    file.flush()
-    finally:
-        stop.set()
-        reader.join()
-    assert seen <= set(contents)
+                file.write(contents[turn % 2][:100_000])
+                file.flush()
+                file.write(contents[turn % 2][100_000:])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        assert path.read_bytes() in contents
 
 
-def test_two_writers_do_not_share_a_temporary_file(tmp_path):
-    """Catches a temporary name made of the target alone: two runs would write into one another."""
-    path = tmp_path / "a.txt"
-    with atomic_write(path, "w") as one:
-        one.write("one")
-        with atomic_write(path, "w") as two:
-            two.write("two, longer")
-        assert path.read_text() == "two, longer"
-    assert path.read_text() == "one"
-    assert os.listdir(tmp_path) == ["a.txt"]
+def test_a_folder_has_one_owner(tmp_path):
+    """Catches two runs in one folder, a lock that outlives its process, what a killed one left half done."""
+    ready, told = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        with locked(tmp_path), atomic_write(tmp_path / "no_fs" / "model.pth"):
+            os.write(told, b"!")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    with pytest.raises(ValueError, match=f"{tmp_path}: another process is at work"), locked(tmp_path):
+        pass
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    for kept in ("model.pth", ".hidden", "a.12345678"):
+        (tmp_path / "no_fs" / kept).write_text("")
+    assert len(os.listdir(tmp_path / "no_fs")) == 4
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path / "no_fs")) == [".hidden", "a.12345678", "model.pth"]
 
 
-def test_a_report_does_not_wait_for_torch():
-    """Catches an import that makes `python eval.py R8` seconds slower."""
-    command = "import sys, eval; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+def test_clear_follows_no_links(tmp_path):
+    """Catches --fresh that deletes what a link points to, or the arm that was not asked for."""
+    for name in ("there/no_fs", "seed1/prompt_fs", "seed2/no_fs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.pth").write_text("work")
+    (tmp_path / "seed1/no_fs").symlink_to(tmp_path / "there/no_fs")
+    (tmp_path / "seed3").symlink_to(tmp_path / "there")
+    clear(tmp_path / "seed1", ["no_fs"])
+    clear(tmp_path / "seed2", list(ARMS))
+    with pytest.raises(ValueError, match="seed3 is a link"):
+        clear(tmp_path / "seed3", ["no_fs"])
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("model.pth"))
+    assert left == ["seed1/prompt_fs/model.pth", "there/no_fs/model.pth"]
+    assert not os.path.lexists(tmp_path / "seed1/no_fs")
 
 
-def test_a_folder_is_for_one_process_at_a_time(tmp_path):
-    """Catches two runs in one folder, a lock that outlives its process, and what killed ones left behind."""
-    folder = tmp_path / "arm"
-    with locked(folder):
-        with atomic_write(folder / "kept"):
-            pass
-        with pytest.raises(ValueError, match="another process"), locked(folder):
-            pass
-    child = os.fork()
-    if child == 0:
-        with locked(folder), atomic_write(folder / "checkpoint.pt"):
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert len(os.listdir(folder)) == 2
-    with locked(folder):
-        assert os.listdir(folder) == ["kept"]
+# ---- runs, read back ---------------------------------------------------------------------------------------
+
+HERE = {"code": "c0de", "machine": {"cpu": "AVX2", "threads": 1}}
+SETTINGS = {"lr": 3e-5, "steps": 10, "fs_layer_start": 6, "alpha_init": -2.0}
+
+
+def identity_of(name: str, seed: int, arm: str, **changes) -> dict:
+    return {"round": name, "seed": seed, "arm": arm, "standin": False, "settings": SETTINGS, "minutes": None,
+            "base": {"name": "base.pth", "sha256": "b"}, "data": {"train": "t", "validation": "v"}} | changes
+
+
+def write_seed(runs: Path, name: str = "R8", seed: int = 0, n: int = 5, **changes) -> Path:
+    """Both arms of a seed as train.py leaves them: (i + arm + seed) % 5 of example i's 4 tokens are right."""
+    folder = runs / name / f"seed{seed}"
+    for number, arm in enumerate(ARMS):
+        identity = identity_of(name, seed, arm, **changes)
+        lines = {"records": [], "controls": []}
+        for i in reversed(range(n)):
+            for step, control in ((0, None), (10, None), (10, "off"), (10, "other")):
+                correct = {"off": 1, "other": 2}.get(control, (i + number + seed) % 5)
+                lines["controls" if control else "records"].append({
+                    "step": step, "control": control, "id": f"q{i}", "loss": 0.5 + correct, "tokens": 4,
+                    "correct": correct, "exact": int(correct == 4), "f1": correct / 4})
+        (folder / arm).mkdir(parents=True)
+        write_run(folder / arm, {**identity, "twin": twin_key(identity, HERE), "status": "done", "steps": 10,
+                                 "history": [{"from_step": 0, **HERE}]})
+        write_lines(folder / arm / "records.jsonl", lines["records"])
+        (folder / arm / "model.pth").write_text(arm)
+        if arm == "prompt_fs":
+            write_lines(folder / arm / "controls.jsonl", lines["controls"])
+            (folder / arm / "fs.pth").write_text(arm)
+    return folder
+
+
+def change_run(folder: Path, **changes) -> None:
+    write_run(folder, {**json.loads((folder / "run.json").read_text()), **changes})
+
+
+def test_a_round_comes_back_as_written(tmp_path):
+    """Catches scores that land at another example, arm, seed or step, and seed02 read as another seed 2."""
+    for seed in (10, 2):
+        write_seed(tmp_path, seed=seed)
+    for other in ("seed02", "seed-1", "seed", "seed2.old", "seed²"):
+        (tmp_path / "R8" / other).mkdir()
+    (tmp_path / "R8/seed3").write_text("no folder")
+    assert seeds_on_disk(tmp_path / "R8") == [2, 10]
+    runs = read_round(tmp_path / "R8")
+    right = np.array([[[(i + arm + seed) % 5 for i in range(5)] for arm in range(2)] for seed in (2, 10)])
+    assert np.array_equal(runs.scores, np.stack([right / 4, 0.5 + right, right == 4, right / 4], axis=-1))
+    assert (runs.seeds, runs.steps) == ([2, 10], [[10, 10], [10, 10]])
+    assert runs.controls == {"off": [0.25, 0.25], "other": [0.5, 0.5]}
+    assert runs.run == read_run(tmp_path / "R8/seed2/no_fs") and runs.notes == runs.damaged == []
+    assert read_round(tmp_path / "R8", seeds=[10]).seeds == [10]
+
+
+BIG, DEEP = "1" + 400 * "0", "[" * 100_000
+COMMON = [("(?s).*", ""), ("(?s).*", "[]"), ("^", DEEP), (r"\}\s*$", ""), ("^", "\ufeff")]
+DAMAGES = {    # file: what is replaced in it, by what
+    "run.json": COMMON + [
+        ('"seed": 0', f'"seed": {BIG}'), ('"seed": 0', '"seed": 1'), ('"round": "R8"', '"round": "R6"'),
+        ('"status"', '"other"'), ('"steps": 10,(?=\n "hist)', '"steps": null,'), ('"no_fs"', '"prompt_fs"')],
+    "records.jsonl": COMMON + [
+        *(('"loss": 4.5', f'"loss": {loss}') for loss in (BIG, "NaN", "Infinity", '"1"')),
+        ('"correct": 4', f'"correct": {BIG}'), ('"tokens": 4, "correct": 4', '"tokens": 0, "correct": 0'),
+        ('"correct": 4', '"correct": 5'), ('"exact": 1', '"exact": 0.5'), ('"f1": 1.0', '"f1": 1.1'),
+        ('"step": 0', '"step": []'), ('"id": "q4"', '"id": null'),
+        ('"step": 0', '"step": 10'),    # an example twice
+        ("^.*\n", "")],                 # an evaluation lacks one
+    "controls.jsonl": COMMON + [("^.*\n", "")],
+}
+
+
+@pytest.mark.parametrize("file", DAMAGES)
+def test_a_damaged_seed_is_left_out_and_told(tmp_path, file):
+    """Catches a damaged file averaged, a traceback, and one bad seed that hides the others."""
+    path = write_seed(tmp_path, seed=0) / ARMS[file == "controls.jsonl"] / file
+    write_seed(tmp_path, seed=1)
+    whole = path.read_text()
+    for pattern, new in DAMAGES[file]:
+        path.write_text(re.sub(pattern, lambda _: new, whole, count=1))
+        assert path.read_text() != whole, pattern
+        runs = read_round(tmp_path / "R8")
+        assert runs.seeds == [1] and len(runs.damaged) == 1 and runs.notes == [], (pattern, new)
+        assert str(path) in runs.damaged[0] and "\n" not in runs.damaged[0]
+    with pytest.raises(FileNotFoundError, match=f"no finished seed .{path}"):
+        read_round(tmp_path / "R8", seeds=[0])
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+JSON = st.recursive(LEAVES, lambda part: st.lists(part) | st.dictionaries(st.text(max_size=3), part))
+KEYS = [*identity_of("R8", 0, "no_fs"), *"status steps history twin".split(),
+        *"step id loss tokens correct exact f1 control".split()]
+
+
+@settings(deadline=None, max_examples=40)
+@given(key=st.sampled_from(KEYS), value=JSON, arm=st.sampled_from(ARMS), standin=st.booleans())
+@example(key="history", value=[None], arm="no_fs", standin=False)
+@example(key="history", value=[], arm="no_fs", standin=False)
+@example(key="data", value={}, arm="no_fs", standin=True)
+@example(key="seed", value="0", arm="no_fs", standin=False)
+def test_fuzzed_runs_are_read_or_refused(tmp_path_factory, key, value, arm, standin):
+    """Catches a value of an unforeseen kind in a run or a record that ends in a traceback."""
+    runs = tmp_path_factory.mktemp("runs")
+    folder = write_seed(runs, n=2, standin=standin) / arm
+    change_run(folder, **{key: value})
+    for path in folder.glob("*.jsonl"):
+        first, *others = map(json.loads, path.read_text().splitlines())
+        write_lines(path, [first | {key: value}, *others])
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        assert np.isfinite(read_round(runs / "R8").scores).all()
+
+
+def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
+    """Catches a seed averaged at whatever step it has reached, and one that disappears without a word."""
+    for seed in range(4):
+        write_seed(tmp_path, seed=seed)
+    change_run(tmp_path / "R8/seed0/no_fs", status="running", steps=5)
+    missing = [tmp_path / "R8/seed1/prompt_fs/run.json", tmp_path / "R8/seed2/no_fs/records.jsonl"]
+    for path in missing:
+        path.unlink()
+    runs = read_round(tmp_path / "R8", seeds=[0, 1, 2, 3, 4])
+    assert runs.seeds == [3] and runs.damaged == []
+    reasons = {0: "no_fs stands at step 5", 1: str(missing[0]), 2: str(missing[1]), 4: "no_fs"}
+    for (seed, reason), note in zip(reasons.items(), runs.notes, strict=True):
+        assert note.startswith(f"left out, not finished: seed {seed}") and reason in note
+    with pytest.raises(FileNotFoundError, match="no finished seed .no runs"):
+        read_round(tmp_path / "R6")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"settings": SETTINGS | {"lr": 0.1}}, "lr.*3e-05 there, .*0.1"), ({"n": 4}, "questions|examples"),
+    ({"minutes": 8.0}, "minutes.*8.0"), ({"standin": True}, "here"),
+    ({"base": {"name": "base.pth", "sha256": "x"}}, "sha256.*x"),
+    ({"data": {"train": "x", "validation": "v"}}, "train.*x"),
+])
+def test_unlike_runs_are_refused(tmp_path, changes, words):
+    """Catches seeds or arms averaged that differ in more than their seed."""
+    for seed in (0, 1):
+        write_seed(tmp_path, seed=seed, **changes if seed else {})
+    with pytest.raises(ValueError, match=f"seeds 0 and 1 cannot be compared.*({words})"):
+        read_round(tmp_path / "R8")
+    for name in ("run.json", "records.jsonl"):
+        whole = (tmp_path / "R8/seed0/no_fs" / name).read_text()
+        (tmp_path / "R8/seed1/no_fs" / name).write_text(whole.replace('"seed": 0', '"seed": 1'))
+    assert re.search(f"seed1.*its arms .*({words})", read_round(tmp_path / "R8").damaged[0])
+
+
+def test_what_may_differ_is_told(tmp_path):
+    """Catches runs of other code or another machine averaged in silence, the seeds of a stand-in refused for
+    their own bases, a traceback where one lacks a control, and arms of unequal ends (by minutes) refused."""
+    write_seed(tmp_path, seed=0, standin=True)
+    write_seed(tmp_path, seed=1, standin=True, base={"name": "b1"}, data={"train": "u", "validation": "v"})
+    assert read_round(tmp_path / "R8").notes == []
+    moved = {"from_step": 5, "code": "new", "machine": {"cpu": "AVX2", "threads": 2}}
+    path = tmp_path / "R8/seed1/prompt_fs/controls.jsonl"
+    path.write_text("".join(line for line in path.open() if '"other"' not in line))
+    change_run(tmp_path / "R8/seed1/prompt_fs", history=[{"from_step": 0, **HERE}, moved], steps=0)
+    runs = read_round(tmp_path / "R8")
+    assert runs.steps == [[10, 10], [10, 0]] and runs.controls == {"off": [0.25, 0.25]}
+    assert len(runs.notes) == 1
+    assert re.search("seed 1 .*c0de.* there, .*new.* here; .*1 there, .*2 here", runs.notes[0])
+
+
+def test_another_run_is_refused_in_one_short_line(tmp_path):
+    """Catches a finished run overwritten by other settings, and an error of a thousand characters."""
+    folder, wanted = write_seed(tmp_path) / "no_fs", identity_of("R8", 0, "no_fs")
+    change_run(folder, settings=dict(reversed(SETTINGS.items())))    # another order is no difference
+    assert status_of(folder, wanted) == "done" and status_of(tmp_path / "R8/seed9/no_fs", wanted) == "absent"
+    with pytest.raises(ValueError, match=r"holds another run \(.*lr.*3e-05 there, .*0.1 here\)"):
+        status_of(folder, wanted | {"settings": SETTINGS | {"lr": 0.1}})
+    one, other = ({"base": {"name": letter * 400, "sha256": letter * 64},
+                   "data": {"train": letter * 64, "validation": letter * 64}} for letter in "xy")
+    change_run(folder, **one)
+    with pytest.raises(ValueError, match="and 1 more.; --fresh replaces it, --runs DIR keeps both") as caught:
+        status_of(folder, wanted | other)
+    message = str(caught.value).replace(str(folder), "runs/standin/R8/seed0/no_fs")
+    assert len(message) < 300 and message.count(" here") == 3, message
+
+
+def test_a_twin_is_copied_whole_or_not_at_all(tmp_path):
+    """Catches a twin with cut records or a missing file marked done, one of other code or another machine,
+    and no_fs trained twice where two rounds differ in Future-Seed alone."""
+    source, folder = write_seed(tmp_path, "R6") / "no_fs", tmp_path / "R8/seed0/no_fs"
+    write_seed(tmp_path, "R4", minutes=1.0)    # these depend on the clock
+    folder.parent.mkdir(parents=True)
+
+    def copied(surroundings=HERE, folder=folder, **changes) -> bool:
+        identity = identity_of("R8", 0, folder.name, **changes)
+        done = copy_twin(folder, identity, twin_key(identity, surroundings))
+        assert os.listdir(folder.parent) == [folder.name] * done
+        return done
+
+    assert not copied(HERE | {"code": "other"}) and not copied(HERE | {"machine": {"cpu": "AVX512"}})
+    assert not copied(settings=SETTINGS | {"lr": 1.0}) and not copied(data={}) and not copied(minutes=1.0)
+    assert not copied(folder=folder.with_name("prompt_fs"))
+    for name in ("run.json", "records.jsonl", "model.pth"):
+        (source / name).rename(tmp_path / "away")
+        assert not copied(), name
+        (tmp_path / "away").rename(source / name)
+    records, run = (source / "records.jsonl").read_text(), read_run(source)
+    for cut in (records[:-9], records[:records.rindex('{"step"')], ""):
+        (source / "records.jsonl").write_text(cut)
+        assert not copied()
+    (source / "records.jsonl").write_text(records)
+    for changes in ({"status": "running"}, {"history": [HERE, HERE]}, {"steps": 5}):
+        change_run(source, **changes)
+        assert not copied()
+        write_run(source, run)
+    changed = SETTINGS | {"fs_layer_start": 1, "alpha_init": 0.0}
+    assert copied(settings=changed)
+    assert read_run(folder) == {**run, "round": "R8", "settings": changed, "copied_from": "R6"}
+    assert (folder / "records.jsonl").read_text() == records and (folder / "model.pth").exists()
+
+
+def test_the_time_left_falls(monkeypatch, capsys):
+    """Catches a time left that is of the work done, or of another unit, and a line at every step."""
+    now = [100.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    progress = Progress(total=1000, left="left in all")
+    for _ in range(50):
+        now[0] += 1.0
+        if progress.due(work=20):
+            progress.line("at work")
+    lines = capsys.readouterr().err.splitlines()
+    left = [int(re.fullmatch(r"at work; about (\d+) s left in all", line)[1]) for line in lines]
+    assert left == [47 - 3 * i for i in range(16)]
