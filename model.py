@@ -252,7 +252,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
 
     def is_plain(name, value) -> bool:
         return (isinstance(name, str) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-                and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested)
+                and value.layout == torch.strided and value.device.type == "cpu")
 
     if not isinstance(tensors, dict) or not all(is_plain(*item) for item in tensors.items()):
         raise ValueError(f"{path}: not a state dict of dense float tensors")
