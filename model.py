@@ -252,7 +252,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
 
     def is_plain(name, value) -> bool:
         return (isinstance(name, str) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-                and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested)
+                and value.layout == torch.strided and value.device.type == "cpu")
 
     if not isinstance(tensors, dict) or not all(is_plain(*item) for item in tensors.items()):
         raise ValueError(f"{path}: not a state dict of dense float tensors")
@@ -378,7 +378,7 @@ class RWKV7(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: {reason}") from error
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
+            if parameter.requires_grad and not parameter.sum(dtype=torch.float64).isfinite():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
         model.sha256 = sha256
         return model
