@@ -16,6 +16,7 @@ import math
 import os
 import random
 import socket
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -157,21 +158,20 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     Args: check, called with the file before it gets its name, raises ValueError to refuse it.
     Raises FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
         if offline:
             raise OSError("downloads are off")
         say(f"downloading {path.name} from {url.split('/')[2]}")
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(SECONDS_TO_ANSWER)
-        torch.hub.download_url_to_file(url, str(part))
-        check(part)
-        part.rename(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            part = Path(folder, path.name)
+            torch.hub.download_url_to_file(url, str(part))
+            check(part)
+            part.rename(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put it "
                                 "there") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def answer_to(url: str, byte_range: str) -> http.client.HTTPResponse:
@@ -249,8 +249,8 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
             raise ValueError(f"not the published file: it should hold {published:,} records")
         with atomic_write(path) as file:
             file.write(content)
-    except (OSError, http.client.HTTPException, ValueError, KeyError, RuntimeError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, EOFError, RuntimeError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {ARC_ARCHIVE} by hand and "
                                 f"put its member {member} there") from None
     return path
@@ -288,7 +288,7 @@ def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
     try:
         checksum, found = json.loads(path.read_bytes())
         examples = [Example(**row) for row in found]
-        if fingerprint(examples) == checksum:
+        if examples and fingerprint(examples) == checksum:
             return examples
     except (OSError, ValueError, TypeError, RecursionError):
         pass
@@ -297,7 +297,7 @@ def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
         with atomic_write(path, "w") as file:
             json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
     except OSError as error:
-        say(f"note: {path.parent} cannot be written ({error.strerror}); without a cache starts take longer")
+        say(f"note: {path.parent} cannot be written ({error.strerror}); every start takes longer")
     return examples
 
 

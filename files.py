@@ -166,7 +166,7 @@ def leaves(value, name: str = "") -> dict[str, object]:
 def in_words(there: dict, here: dict, most: int = 3) -> str:
     """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
     old, new = leaves(there), leaves(here)
-    found = [f"{name}: {str(old.get(name))[:24]} there, {str(new.get(name))[:24]} here"
+    found = [f"{name}: {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
              for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(found[:most] + [f"and {len(found) - most} more"] * (len(found) > most))
 
@@ -178,15 +178,19 @@ def refuse_another(place: Path, found: dict, wanted: dict) -> None:
         raise ValueError(f"{place} holds another run ({other}); --fresh replaces it, --runs DIR keeps both")
 
 
+class Damaged(ValueError):
+    """A file does not hold what it should."""
+
+
 @contextlib.contextmanager
 def damage_told(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while something is read and taken apart is one ValueError that names it."""
+    """Whatever goes wrong while something is read and taken apart is one line that names it."""
     try:
         yield
-    except OSError:
+    except (OSError, Damaged):
         raise
     except Exception as error:
-        raise ValueError(f"{path}: damaged ({error!r:.100}); {AGAIN}") from error
+        raise Damaged(f"{path}: damaged ({error!r:.100}); {AGAIN}") from error
 
 
 def read_run(folder: Path) -> dict:
@@ -196,8 +200,9 @@ def read_run(folder: Path) -> dict:
         here = [run["round"], f"seed{run['seed']}", run["arm"]]
         if here != list(folder.absolute().parts[-3:]):
             raise ValueError(f"it is {'/'.join(here)}'s")
-        if run["status"] not in ("running", "done") or type(run["steps"]) is not int:
-            raise ValueError("status or steps")
+        told = all({"code", "machine"} <= entry.keys() for entry in run["history"]) and run["history"]
+        if run["status"] not in ("running", "done") or type(run["steps"]) is not int or not told:
+            raise ValueError("status, steps or history")
     return run
 
 
@@ -318,7 +323,7 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
         try:
             found[seed] = read_seed(folder / f"seed{seed}")
         except OSError as error:
-            notes.append(f"left out, not finished: seed {seed} ({error.strerror or error})")
+            notes.append(f"left out, not finished: seed {seed} ({error})")
         except ValueError as error:
             damaged.append(str(error))
     if not found:
@@ -340,6 +345,7 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
         steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],
         scores=np.array([[[scores[id] for id in ids] for scores in last] for _, last, _ in found.values()]),
         controls={control: [float(np.mean([scores[0] for scores in by_control[control].values()]))
-                            for _, _, by_control in found.values()] for control in controls},
+                            for _, _, by_control in found.values()]
+                  for control in controls if all(control in seed[2] for seed in found.values())},
         run=first, notes=list(dict.fromkeys(notes)), damaged=damaged,
     )
