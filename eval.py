@@ -191,7 +191,7 @@ def analyse(runs: Runs, recipe: Round) -> dict:
     return {
         "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": recipe.primary,
         "standin": runs.run["standin"], "seeds": runs.seeds, "examples": n,
-        "labels": labels_of(runs.run, recipe), "notes": runs.notes,
+        "labels": labels_of(runs.run, recipe), "notes": runs.notes + runs.damaged,
         "settings": settings, "chance": chance(recipe) if runs.run["standin"] else None, "per_seed": per_seed,
         "over_seeds": {metric: {"mean": float(deltas[:, m].mean()), "std": float(deltas[:, m].std()),
                                 "signs": signs(deltas[:, m])} for m, metric in enumerate(METRICS)},

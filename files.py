@@ -65,7 +65,7 @@ class Progress:
         if self.done == 0:    # what came before, and the first piece, are no measure of the pace
             self.started, self.first = time.monotonic(), work
         self.done += work
-        return time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
+        return self.done > self.first and time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
 
     def line(self, text: str) -> None:
         self.shown = time.monotonic()
@@ -125,7 +125,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises ValueError where another process owns it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); name another folder, as --runs DIR") from None
     with contextlib.ExitStack() as stack:
         if fcntl:
             handle = os.open(folder, os.O_RDONLY)

@@ -209,6 +209,7 @@ def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progres
     """The same of the stand-in: the seed's own questions, and its base, trained here if it is not there."""
     path = standin.base_path(recipe, seed, args.assets)
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)    # or fail before the work, not after
         standin.pretrain(recipe, seed, path, torch.device(args.device), progress)
     return dict(train=standin.training_examples(recipe, seed), validation=standin.validation_examples(recipe),
                 base=RWKV7.load(path), base_name="stand-in", tokenizer=standin.small_tokenizer())
@@ -445,18 +446,18 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     while True:
         finished = arm.finished()
         evaluated = arm.ledger.records and arm.ledger.records[-1]["step"] == arm.ledger.step
-        if (finished or arm.ledger.step % recipe.eval_every == 0) and not evaluated:
+        due = (finished or arm.ledger.step % recipe.eval_every == 0) and not evaluated
+        if due or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             arm.save()
+            saved = time.monotonic()
+        if interrupt.requested:
+            raise Stopped(interrupt.requested)
+        if due:
             interrupt.patient = False    # nothing is lost where an evaluation is left
             arm.evaluate(progress)
             interrupt.patient = True
         if finished:
             break
-        if interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-            arm.save()
-            saved = time.monotonic()
-            if interrupt.requested:
-                raise Stopped(interrupt.requested)
         batch = next(stream)
         arm.train_step(batch)
         if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
