@@ -378,7 +378,7 @@ class RWKV7(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: not an RWKV-7 (x070) checkpoint: {reason}") from error
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not parameter.sum(dtype=torch.float64).isfinite():
+            if parameter.requires_grad and not parameter.sum().isfinite():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
         model.sha256 = sha256
         return model
