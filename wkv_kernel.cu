@@ -66,10 +66,16 @@ DEVICE unsigned pack(float low, float high) {
     return word;
 }
 
+// 2^x and 1 / x, good to a bit or two
 DEVICE float exp2_fast(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
+}
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 DEVICE unsigned shared_address(const void* pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
 
@@ -82,13 +88,15 @@ DEVICE void mma(float* d, const unsigned* a, unsigned b0, unsigned b1) {
 }
 
 // four 8 x 8 blocks of shared memory; lane i names row i % 8 of block i / 8, and gets a pair of each block
-template <bool TRANSPOSED> DEVICE void load_blocks(unsigned* x, const bf16* row) {
+template <typename Factor, bool TRANSPOSED> DEVICE Factor load_blocks(const bf16* row) {
+    Factor t;
     if constexpr (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(t.x[0]),
+                     "=r"(t.x[1]), "=r"(t.x[2]), "=r"(t.x[3]) : "r"(shared_address(row)) : "memory");
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(t.x[0]),
+                     "=r"(t.x[1]), "=r"(t.x[2]), "=r"(t.x[3]) : "r"(shared_address(row)) : "memory");
+    return t;
 }
 
 // an 8 x 8 block held by a warp, a pair in each lane, to its transpose
@@ -124,10 +132,12 @@ DEVICE void store_two(bf16* to, float x, float y) { *(unsigned*)to = pack(x, y);
 // A warp holds a 16 x 16 tile in registers, 8 numbers a lane: number i in row row_of(i), column column_of(i).
 // A Sum is fp32, where products add up. A Left is bf16, numbers 2i and 2i + 1 in word i: the left factor of
 // a product. Rounding a Sum gives a Left with nothing moved between lanes. A Right is the right factor: the
-// same four 8 x 8 blocks, each transposed, so that a result becomes one in registers too.
+// same four 8 x 8 blocks, each transposed, so that a result becomes one in registers too. Where the 8 bits of
+// a bf16 are too few, a factor comes in two: rounded, and the rest that rounding took, rounded as well.
 struct Sum { float x[8]; };
-struct Left { unsigned x[4]; };
+struct __align__(16) Left { unsigned x[4]; };
 struct Right { unsigned x[4]; };
+struct Halves { Right high, rest; };
 
 DEVICE int lane() { return threadIdx.x % 32; }
 DEVICE int row_of(int i) { return lane() / 4 + i / 2 % 2 * 8; }
@@ -136,27 +146,17 @@ DEVICE float number(const Left& t, int i) { return i % 2 ? high_half(t.x[i / 2])
 
 // The tile at m in shared memory, rows `row` apart, as it lies, and transposed. Blocks are named in the order
 // in which mma wants them: moving words between registers afterwards would cost more.
-template <bool TRANSPOSED, typename Factor> DEVICE Factor load_factor(const bf16* row) {
-    Factor t;
-    load_blocks<TRANSPOSED>(t.x, row);
-    return t;
-}
 DEVICE Left left(const bf16* m, int row) {
-    return load_factor<false, Left>(m + lane() % 16 * row + lane() / 16 * 8);
+    return load_blocks<Left, false>(m + lane() % 16 * row + lane() / 16 * 8);
 }
 DEVICE Left left_transposed(const bf16* m, int row) {
-    return load_factor<true, Left>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
+    return load_blocks<Left, true>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
 }
 DEVICE Right right(const bf16* m, int row) {
-    return load_factor<true, Right>(m + lane() % 16 * row + lane() / 16 * 8);
+    return load_blocks<Right, true>(m + lane() % 16 * row + lane() / 16 * 8);
 }
 DEVICE Right right_transposed(const bf16* m, int row) {
-    return load_factor<false, Right>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
-}
-
-DEVICE Left load_tile(const uint4* from) {
-    const uint4 x = *from;
-    return {x.x, x.y, x.z, x.w};
+    return load_blocks<Right, false>(m + (lane() % 8 + lane() / 16 * 8) * row + lane() / 8 % 2 * 8);
 }
 
 DEVICE Left transposed(const Left& t) {
@@ -171,35 +171,51 @@ DEVICE Right as_right(const Left& t) {
 DEVICE Left rounded(const Sum& s) {
     return {pack(s.x[0], s.x[1]), pack(s.x[2], s.x[3]), pack(s.x[4], s.x[5]), pack(s.x[6], s.x[7])};
 }
+DEVICE Left rest(const Sum& s, const Left& high) {
+    Sum difference;
+    UNROLL for (int i = 0; i < 8; i++)
+        difference.x[i] = s.x[i] - number(high, i);
+    return rounded(difference);
+}
+DEVICE Halves in_halves(const Sum& s) {
+    const Left high = rounded(s);
+    return {as_right(high), as_right(rest(s, high))};
+}
 
-// sum += l r
+// sum += l r; of the four products of halves, the smallest is left out
 DEVICE void add_product(Sum& sum, const Left& l, const Right& r) {
     mma(sum.x, l.x, r.x[0], r.x[1]);
     mma(sum.x + 4, l.x, r.x[2], r.x[3]);
 }
-
-// a tile to memory, rows `row` apart, the first `rows` of them
-template <typename Type> DEVICE void store(Type* to, int row, int rows, const Sum& s) {
-    UNROLL for (int i = 0; i < 8; i += 2)
-        if (row_of(i) < rows)
-            store_two(to + row_of(i) * row + column_of(i), s.x[i], s.x[i + 1]);
+DEVICE void add_product(Sum& sum, const Left& l, const Halves& r) {
+    add_product(sum, l, r.high);
+    add_product(sum, l, r.rest);
 }
-DEVICE void store(bf16* to, int row, const Left& t) {
-    UNROLL for (int i = 0; i < 8; i += 2)
-        *(unsigned*)(to + row_of(i) * row + column_of(i)) = t.x[i / 2];
+DEVICE void add_product(Sum& sum, const Sum& l, const Halves& r) {
+    const Left high = rounded(l);
+    add_product(sum, high, r);
+    add_product(sum, rest(l, high), r.high);
 }
 
-// its transpose; `rows` are rows as they come to lie
-DEVICE void store_transposed(float* to, int row, int rows, const Sum& s) {
-    UNROLL for (int i = 0; i < 8; i++)
-        if (column_of(i) < rows)
-            to[column_of(i) * row + row_of(i)] = s.x[i];
+// a tile to memory, rows `row` apart
+DEVICE void store(float* to, int row, const Sum& s) {
+    UNROLL for (int i = 0; i < 8; i += 2)
+        store_two(to + row_of(i) * row + column_of(i), s.x[i], s.x[i + 1]);
 }
-DEVICE void store_transposed(bf16* to, int row, int rows, const Sum& s) {
-    const Left t = transposed(rounded(s));
+DEVICE void store(bf16* to, int row, const Left& t, int rows = L) {
     UNROLL for (int i = 0; i < 8; i += 2)
         if (row_of(i) < rows)
             *(unsigned*)(to + row_of(i) * row + column_of(i)) = t.x[i / 2];
+}
+
+// its transpose, of which the first `rows` rows
+DEVICE void store_transposed(bf16* to, int row, const Sum& s, int rows) {
+    store(to, row, transposed(rounded(s)), rows);
+}
+DEVICE void store_transposed(float* to, int row, const Sum& s, int rows) {
+    UNROLL for (int i = 0; i < 8; i++)
+        if (column_of(i) < rows)
+            to[column_of(i) * row + row_of(i)] = s.x[i];
 }
 
 struct Place {
@@ -262,8 +278,10 @@ extern "C" __global__ void __launch_bounds__(N) wkv_token_forward(
 //
 // This is the WY form of a product of rank-one updates. RWKV-7's decays, at least 0.545 a token, make the
 // plain quotient safe: 1 / P is at most 1.6e4 after 16 tokens, harmless to bf16, which has the range of fp32.
+// Where keys come again, large terms cancel in what the L x L matrices add up, above all in M Z and M' dU:
+// these matrices keep 16 bits, and Z and dU too. The rest keeps 8.
 enum { R, A, B, K, V, DY };                         // the tensors of a chunk; B and K become Bi and Ki
-enum { RB, RK, INVERSE, AK, GRADIENTS };            // its L x L matrices, M for AB; then dRB, dRK, dAB, dAK
+enum { RB, RK, INVERSE, AK, REST };                 // its L x L matrices, M for AB; their rests from REST on
 
 typedef bf16 Tensor[L * ROW];
 typedef bf16 Matrix[L * SMALL];
@@ -285,8 +303,7 @@ template <bool KEYS, int COUNT>
 DEVICE void fetch(Raw<COUNT>& to, const Sources<COUNT>& from, const Place& place, int T, int chunk,
                   bool exists, int threads) {
     for (unsigned i = threadIdx.x; exists && i < L * N / 8; i += threads) {
-        const unsigned t = i / (N / 8);
-        const unsigned part = i % (N / 8);
+        const unsigned t = i / (N / 8), part = i % (N / 8);
         const bool wanted = chunk * L + t < T;
         const long long at = wanted ? place.origin + (long long)(chunk * L + t) * place.stride : 0;
         UNROLL for (int n = 0; n < COUNT; n++)
@@ -336,23 +353,34 @@ DEVICE Sum triangle(const bf16* x, const bf16* y, bool strict) {
     return sum;
 }
 
-// RB, RK, AK or M, by one warp. M = (I - AB)^-1 is solved for in fp32, one column a lane, from the top down:
-// x_t = [t = column] + sum_{s < t} AB_ts x_s
+// RB, RK, AK or M, and its rest, by one warp. M = (I - AB)^-1 is solved for in fp32, one column a lane, from
+// the top down: x_t = [t = column] + sum_{s < t} AB_ts x_s
 DEVICE void relate(int which, Matrix* m, const Tensor* x_, float* scratch) {
     const Sum sum = triangle(x_[R + which / 2], x_[B + which % 2], which / 2);
-    if (which != INVERSE)
-        return store(m[which], SMALL, L, sum);
+    if (which != INVERSE) {
+        const Left high = rounded(sum);
+        store(m[which], SMALL, high);
+        return store(m[which + REST], SMALL, rest(sum, high));
+    }
     float x[L];
-    store(scratch, 20, L, sum);
+    store(scratch, 20, sum);
     __syncwarp();
     UNROLL for (int t = 0; t < L; t++) {
         x[t] = t == lane() % 16 ? 1.f : 0.f;
         UNROLL for (int s = 0; s < t; s++)
             x[t] += scratch[t * 20 + s] * x[s];
     }
-    UNROLL for (int t = 0; t < L; t++)              // not above, where the next loads would wait for it
-        if (lane() < 16)
-            store_one(m[INVERSE] + t * SMALL + lane(), x[t]);
+    UNROLL for (int t = 0; t < L; t++) {            // not above, where the next loads would wait for it
+        const float high = low_half(pack(x[t], 0.f));
+        bf16* to = m[INVERSE + lane() / 16 * REST] + t * SMALL + lane() % 16;
+        store_one(to, lane() < 16 ? high : x[t] - high);
+    }
+}
+
+// an L x L matrix as a right factor, as it lies and transposed
+DEVICE Halves small(const Matrix* m) { return {right(m[0], SMALL), right(m[REST], SMALL)}; }
+DEVICE Halves small_transposed(const Matrix* m) {
+    return {right_transposed(m[0], SMALL), right_transposed(m[REST], SMALL)};
 }
 
 // where this lane's part of a state's tile is kept
@@ -367,7 +395,7 @@ DEVICE void load_state(Sum* s, const float* from) {
 }
 DEVICE void store_state(float* to, const Sum* s) {
     UNROLL for (int i = 0; i < TILES; i++)
-        store(to + i * 16, N, 16, s[i]);
+        store(to + i * 16, N, s[i]);
 }
 
 // s diag(P), 16 columns of it
@@ -377,47 +405,47 @@ DEVICE void decay_columns(Sum& s, const float* decay) {
 }
 
 // U' = Z' M' of these rows, Z' = S0' A' + V' AK'; z comes with the first part
-DEVICE Left moved(Sum& z, const Left& v, const Matrix* m) {
+DEVICE Sum moved(Sum& z, const Left& v, const Matrix* m) {
     Sum u = {};
-    add_product(z, v, right_transposed(m[AK], SMALL));
-    add_product(u, rounded(z), right_transposed(m[INVERSE], SMALL));
-    return rounded(u);
+    add_product(z, v, small_transposed(m + AK));
+    add_product(u, z, small_transposed(m + INVERSE));
+    return u;
 }
 
 // One chunk forward: S0 to S_L, and y
 DEVICE void step(Sum* s, const Tensor* x, const Matrix* m, const float* decay, int v0, input* y_, int stride,
-                 int tokens, uint4* checkpoint) {
+                 int tokens, Left* checkpoint) {
     const Left v = left_transposed(x[V] + v0, ROW);
     Sum z = {}, y = {};
     UNROLL for (int j = 0; j < TILES; j++) {
         const Left s0 = rounded(s[j]);
         if (checkpoint)
-            checkpoint[j * 32] = make_uint4(s0.x[0], s0.x[1], s0.x[2], s0.x[3]);
-        add_product(y, s0, right_transposed(x[R] + j * 16, ROW));
+            checkpoint[j * 32] = s0;
         add_product(z, s0, right_transposed(x[A] + j * 16, ROW));
+        add_product(y, s0, right_transposed(x[R] + j * 16, ROW));
     }
-    const Left u = moved(z, v, m);
+    add_product(y, v, small_transposed(m + RK));
+    const Sum u = moved(z, v, m);
     UNROLL for (int j = 0; j < TILES; j++) {
         add_product(s[j], v, right(x[K] + j * 16, ROW));
-        add_product(s[j], u, right(x[B] + j * 16, ROW));
+        add_product(s[j], rounded(u), right(x[B] + j * 16, ROW));
         decay_columns(s[j], decay + j * 16);
     }
-    add_product(y, v, right_transposed(m[RK], SMALL));
-    add_product(y, u, right_transposed(m[RB], SMALL));
-    store_transposed(y_ + v0, stride, tokens, y);
+    add_product(y, u, small_transposed(m + RB));
+    store_transposed(y_ + v0, stride, y, tokens);
 }
 
 // One chunk back, dLoss/dS_L to dLoss/dS0 (see part 5): leaves G~ rounded, gives dZ' = (dY' RB + G~ Bi') M
 DEVICE Left step_back(Sum* g, Left* decayed, const Left& dy, const Tensor* x, const Matrix* m,
                       const float* decay) {
     Sum du = {}, dz = {};
-    add_product(du, dy, right(m[RB], SMALL));
+    add_product(du, dy, small(m + RB));
     UNROLL for (int j = 0; j < TILES; j++) {
         decay_columns(g[j], decay + j * 16);
         decayed[j] = rounded(g[j]);
         add_product(du, decayed[j], right_transposed(x[B] + j * 16, ROW));
     }
-    add_product(dz, rounded(du), right(m[INVERSE], SMALL));
+    add_product(dz, du, small(m + INVERSE));
     UNROLL for (int j = 0; j < TILES; j++) {
         add_product(g[j], dy, right(x[R] + j * 16, ROW));
         add_product(g[j], rounded(dz), right(x[A] + j * 16, ROW));
@@ -441,37 +469,34 @@ constexpr int RAW = INPUT_BF16 ? 3 : 2;             // chunks in the air or bein
 struct ChainShared {
     Raw<5> raw[RAW];
     Tensor x[3][5];                                 // of chunks i, i - 1, i - 2
-    Matrix m[2][4];                                 // of chunks i - 1, i - 2
+    Matrix m[2][8];                                 // of chunks i - 1, i - 2
     float decay[3][N];                              // P_L of chunks i, i - 1, i - 2
     float scratch[L * 20];
 };
-
-// the i-th chunk on the way
-template <bool FORWARD> DEVICE int nth(int i, int chunks) { return FORWARD ? i : chunks - 1 - i; }
 
 // FORWARD: S from s0 to sT, with y, and S at the start of every chunk. If not, dLoss/dS from dsT to the first
 // chunk (dy in v's place, no k), of which `carry` keeps what flows into the end of each segment but the last.
 template <bool FORWARD>
 DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float* start, input* y, float* end,
-                  uint4* checkpoints, float* carry) {
+                  Left* checkpoints, float* carry) {
     ChainShared& sh = *(ChainShared*)shared_memory;
     const Place place = this_place(T, H);
-    const int chunks = place.chunks;
+    const int last = place.chunks - 1;
     const int warp = threadIdx.x / 32;
     if (warp < PREPARING) {
         const int which = (warp + 3) % 5;           // the warp that has only v to round takes the inverse
         for (int i = 0; i < RAW - 1; i++)
-            fetch<FORWARD>(sh.raw[i], from, place, T, nth<FORWARD>(i, chunks), i < chunks, PREPARING * 32);
-        for (int i = 0; i < chunks + 2; i++) {
+            fetch<FORWARD>(sh.raw[i], from, place, T, FORWARD ? i : last - i, i <= last, PREPARING * 32);
+        for (int i = 0; i <= last + 2; i++) {
             copy_wait<RAW - 2>();
             __syncthreads();                        // everything moves on by one chunk
             const Raw<5>& raw = sh.raw[i % RAW];
             const int next = i + RAW - 1;
-            fetch<FORWARD>(sh.raw[next % RAW], from, place, T, nth<FORWARD>(next, chunks), next < chunks,
+            fetch<FORWARD>(sh.raw[next % RAW], from, place, T, FORWARD ? next : last - next, next <= last,
                            PREPARING * 32);
-            if (i < chunks && (FORWARD || warp != K))
+            if (i <= last && (FORWARD || warp != K))
                 scale<false>(warp, sh.x[i % 3][warp], raw.x[warp], raw.log_w, sh.decay[i % 3]);
-            if (i >= 1 && i <= chunks && (FORWARD ? which <= AK : which == RB || which == INVERSE))
+            if (i >= 1 && i <= last + 1 && (FORWARD ? which <= AK : which == RB || which == INVERSE))
                 relate(which, sh.m[(i - 1) % 2], sh.x[(i - 1) % 3], sh.scratch);
         }
         return;
@@ -479,11 +504,11 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
     Sum s[TILES];
     const int v0 = (blockIdx.z * (blockDim.x / 32 - PREPARING) + warp - PREPARING) * 16;
     load_state(s, start ? start + (place.head * N + v0) * N : nullptr);
-    for (int i = -2; i < chunks; i++) {
+    for (int i = -2; i <= last; i++) {
         __syncthreads();                            // the same
         if (i < 0)
             continue;
-        const int chunk = nth<FORWARD>(i, chunks);
+        const int chunk = FORWARD ? i : last - i;
         const Tensor* x = sh.x[i % 3];
         const Matrix* m = sh.m[i % 2];
         if (FORWARD) {
@@ -491,9 +516,9 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
             step(s, x, m, sh.decay[i % 3], v0, to, place.stride, T - chunk * L,
                  checkpoints ? checkpoints + tile_at(place, chunk, v0 / 16, 0) : nullptr);
         } else {
-            const long long at = place.head * ((chunks + segment - 1) / segment) + chunk / segment;
+            const long long at = place.head * (last / segment + 1) + chunk / segment;
             Left decayed[TILES];
-            if ((chunk + 1) % segment == 0 && chunk + 1 < chunks)
+            if ((chunk + 1) % segment == 0 && chunk < last)
                 store_state(carry + (at * N + v0) * N, s);
             step_back(s, decayed, left_transposed(x[V] + v0, ROW), x, m, sh.decay[i % 3]);
         }
@@ -505,7 +530,7 @@ DEVICE void chain(int T, int H, int segment, const Sources<5>& from, const float
 extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), SHARING ? 2 : 1) wkv_forward(
         int T, int H, const input* r, const float* log_w, const input* k, const input* v, const input* a,
         const input* b, const float* s0, input* y, float* sT, uint4* checkpoints) {
-    chain<true>(T, H, 1, {{r, a, b, k, v}, log_w}, s0, y, sT, checkpoints, nullptr);
+    chain<true>(T, H, 1, {{r, a, b, k, v}, log_w}, s0, y, sT, (Left*)checkpoints, nullptr);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), SHARING ? 2 : 1) wkv_backward_chain(
@@ -533,15 +558,15 @@ extern "C" __global__ void __launch_bounds__(32 * (PREPARING + TILES), SHARING ?
 // Large terms cancel here, and only because R, A, Bi, Ki are the rounded numbers that the products saw.
 //
 // A block goes from its segment's last chunk to the first, five barriers each: a phase needs what other warps
-// wrote in the one before. The next chunk is in the air meanwhile, and four blocks share an SM.
+// wrote in the one before. The next chunk is in the air meanwhile, and four blocks share an SM of 228 KB.
 struct BackwardShared {
     Raw<6> raw;                                     // the next chunk
     Tensor x[6];
     Tensor u;
     Tensor dz;
     bf16 g[N * ROW];                                // G~
-    Matrix m[GRADIENTS + 4];
-    float decay[(L + 1) * ROW];               // P_0 .. P_L
+    Matrix m[8];                                    // the first four are dRB, dRK, dAB, dAK later
+    float decay[(L + 1) * ROW];                     // P_0 .. P_L
     float scratch[L * 20];
 };
 
@@ -556,26 +581,16 @@ DEVICE void gradient_rows(BackwardShared& sh, Sum* g, const Left* s0, int v0, in
     Sum z = {}, dv = {};
     UNROLL for (int j = 0; j < TILES; j++)
         add_product(z, s0[j], right_transposed(sh.x[A] + j * 16, ROW));
-    store(sh.u + v0, ROW, transposed(moved(z, v, sh.m)));
+    store(sh.u + v0, ROW, transposed(rounded(moved(z, v, sh.m))));
     const Left dz = step_back(g, decayed, dy, sh.x, sh.m, sh.decay + L * ROW);
     store(sh.dz + v0, ROW, transposed(dz));
-    add_product(dv, dy, right(sh.m[RK], SMALL));
-    add_product(dv, dz, right(sh.m[AK], SMALL));
     UNROLL for (int j = 0; j < TILES; j++) {
         store(sh.g + v0 * ROW + j * 16, ROW, decayed[j]);
         add_product(dv, decayed[j], right_transposed(sh.x[K] + j * 16, ROW));
     }
-    store_transposed(dv_ + v0, stride, tokens, dv);
-}
-
-// sum += ones x, with x in two bf16 halves, so that its sums keep 16 bits
-DEVICE void add_sums(Sum& sum, const Left& ones, const Sum& x) {
-    const Left high = rounded(x);
-    Sum rest;
-    UNROLL for (int i = 0; i < 8; i++)
-        rest.x[i] = x.x[i] - number(high, i);
-    add_product(sum, ones, as_right(high));
-    add_product(sum, ones, as_right(rounded(rest)));
+    add_product(dv, dy, small(sh.m + RK));
+    add_product(dv, dz, small(sh.m + AK));
+    store_transposed(dv_ + v0, stride, dv, tokens);
 }
 
 // Key columns c0 .. c0 + 15, by one warp: dlog_w, and to[] = dr, da, db, dk
@@ -605,16 +620,17 @@ DEVICE void gradient_columns(const BackwardShared& sh, const Left* s0, int c0, i
         writes.x[i] = number(x[B], i) * d[B].x[i] + number(x[K], i) * d[K].x[i];
     }
     UNROLL for (int i = 0; i < 4; i++) {            // dRB, dRK, dAB, dAK each serve both their factors
-        const bf16* m = sh.m[GRADIENTS + i];
+        const bf16* m = sh.m[i];
         add_product(d[R + i / 2], left(m, SMALL), right(sh.x[B + i % 2] + c0, ROW));
         add_product(d[B + i % 2], left_transposed(m, SMALL), right(sh.x[R + i / 2] + c0, ROW));
     }
-    add_sums(dw, {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80}, writes);     // all ones
+    const Left ones = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    add_product(dw, ones, in_halves(writes));
     Sum crossing;
     Left from_here_on;                              // ones for s >= t
     UNROLL for (int i = 0; i < 8; i++) {
         const float* p = sh.decay + row_of(i) * ROW + c0 + column_of(i);
-        const float inverse = __fdividef(1.f, p[ROW]);
+        const float inverse = reciprocal(p[ROW]);
         const float a_da = number(x[A], i) * d[A].x[i];
         const float b_db = number(x[B], i) * d[B].x[i];
         crossing.x[i] = number(x[R], i) * d[R].x[i] + a_da - b_db - number(x[K], i) * d[K].x[i];
@@ -625,7 +641,7 @@ DEVICE void gradient_columns(const BackwardShared& sh, const Left* s0, int c0, i
         d[K].x[i] *= inverse;
         from_here_on.x[i / 2] = pack(column_of(i & 6) >= row_of(i), column_of(i | 1) >= row_of(i));
     }
-    add_sums(dw, from_here_on, crossing);
+    add_product(dw, from_here_on, in_halves(crossing));
     UNROLL for (int i = 0; i < 8; i += 2)           // one index and one branch for all five
         if (row_of(i) < tokens) {
             const int at = row_of(i) * stride + c0 + column_of(i);
@@ -646,6 +662,7 @@ extern "C" __global__ void __launch_bounds__(32 * TILES, SHARING ? 4 : 1) wkv_ba
     const int first = blockIdx.z * segment;
     const int last = min(place.chunks, first + segment) - 1;
     const Sources<6> from = {{r, a, b, k, v, dy}, log_w};
+    const Left* kept = (const Left*)checkpoints;
     fetch<true>(sh.raw, from, place, T, last, true, 32 * TILES);
     Sum g[TILES];
     const bool from_later = blockIdx.z + 1 < gridDim.z;
@@ -654,25 +671,25 @@ extern "C" __global__ void __launch_bounds__(32 * TILES, SHARING ? 4 : 1) wkv_ba
     load_state(g, flow ? flow + (index * N + warp * 16) * N : nullptr);
     for (int chunk = last; chunk >= first; chunk--) {
         const long long at = place.origin + (long long)chunk * L * place.stride;
-        Left s0[TILES];                             // this warp's rows of S0, later its columns
-        UNROLL for (int i = 0; i < TILES; i++)
-            s0[i] = load_tile(checkpoints + tile_at(place, chunk, warp, i));
         copy_wait<0>();
         __syncthreads();                            // the tokens have landed, the chunk after is done
         for (int i = warp; i < 6; i += TILES)
             scale<true>(i, sh.x[i], sh.raw.x[i], sh.raw.log_w, sh.decay);
         __syncthreads();
         fetch<true>(sh.raw, from, place, T, chunk - 1, chunk > first, 32 * TILES);
+        Left s0[TILES];                             // this warp's rows of S0, later its columns
+        UNROLL for (int i = 0; i < TILES; i++)
+            s0[i] = kept[tile_at(place, chunk, warp, i)];
         for (int i = warp; i < 4; i += TILES)
             relate(i, sh.m, sh.x, sh.scratch);
         __syncthreads();
         gradient_rows(sh, g, s0, warp * 16, dv + at, place.stride, T - chunk * L);
         UNROLL for (int i = 0; i < TILES; i++)
-            s0[i] = load_tile(checkpoints + tile_at(place, chunk, i, warp));
+            s0[i] = kept[tile_at(place, chunk, i, warp)];
         __syncthreads();
         for (int i = warp; i < 4; i += TILES) {
             const Sum sum = triangle(i / 2 ? sh.dz : sh.x[DY], i % 2 ? sh.x[V] : sh.u, i / 2);
-            store(sh.m[GRADIENTS + i], SMALL, L, sum);
+            store(sh.m[i], SMALL, rounded(sum));
         }
         __syncthreads();
         gradient_columns(sh, s0, warp * 16, place.stride, T - chunk * L, {dr + at, da + at, db + at, dk + at},

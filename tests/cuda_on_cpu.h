@@ -36,14 +36,11 @@
 
 struct dim3 { unsigned x, y, z; };
 struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
-inline float __fdividef(float x, float y) { return x / y; }
 
 // the kernel's dynamic shared memory goes by this name; as much as a block of an H100 may have
 __shared__ __align__(128) unsigned char shared_memory[227 * 1024];
@@ -331,15 +328,6 @@ inline float __shfl_sync(unsigned, float x, unsigned source) {
     return __uint_as_float(shuffle_from(__float_as_uint(x), source));
 }
 
-inline float __shfl_down_sync(unsigned, float x, unsigned distance) {
-    const unsigned lane = cuda_on_cpu::current % 32;
-    return __uint_as_float(shuffle_from(__float_as_uint(x), lane + distance < 32 ? lane + distance : lane));
-}
-
-inline float __shfl_xor_sync(unsigned, float x, unsigned mask) {
-    return __uint_as_float(shuffle_from(__float_as_uint(x), cuda_on_cpu::current % 32 ^ mask));
-}
-
 inline unsigned pack(float low, float high) {                                   // round to nearest even
     auto round = [](float x) {
         const unsigned u = __float_as_uint(x);
@@ -349,6 +337,7 @@ inline unsigned pack(float low, float high) {                                   
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 // d (16 x 8) += a (16 x 16) b (16 x 8), the register layout of PTX mma.m16n8k16
 inline void mma(float* d, const unsigned* a, unsigned b0, unsigned b1) {
@@ -381,7 +370,7 @@ inline void mma(float* d, const unsigned* a, unsigned b0, unsigned b1) {
 }
 
 // four 8 x 8 blocks of bf16: lane i names row i % 8 of block i / 8 (PTX ldmatrix)
-template <bool TRANSPOSED> void load_blocks(unsigned* x, const void* row) {
+template <typename Factor, bool TRANSPOSED> Factor load_blocks(const void* row) {
     using namespace cuda_on_cpu;
     if ((uintptr_t)row % 16)
         fail("a row of a block needs a 16-byte aligned address");
@@ -400,7 +389,9 @@ template <bool TRANSPOSED> void load_blocks(unsigned* x, const void* row) {
                 memcpy(&warp.out[lane][block], &m[lane / 4][lane % 4 * 2], 4);
         }
     });
-    memcpy(x, result(), 16);
+    Factor t;
+    memcpy(t.x, result(), 16);
+    return t;
 }
 
 inline unsigned transpose_block(unsigned x) {

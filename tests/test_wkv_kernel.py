@@ -128,11 +128,11 @@ def test_token_kernel_is_the_recurrence(kernels, N, problem, schedule):
 def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
     """
     5e-3 for y and sT, 1e-2 for gradients. What cancels loses more to bf16 operands, whoever computes it so:
-    keys that come again (what one token writes the next erases) and decays below what RWKV-7 can produce
-    get twice that.
+    keys that come again (what one token writes the next erases) get a fifth more, decays below what RWKV-7
+    can produce twice as much.
     """
-    looser = 2 if problem["keys"] == "repeated" or problem["decay"] == "strong" else 1
-    looser = 8 if problem["keys"] == "overwritten" else looser
+    looser = 1.2 if problem["keys"] != "random" else 1
+    looser = 2 if problem["decay"] == "strong" else looser
     kernel.seed = schedule
     inputs, s0, dy, dsT = draw_problem(N=N, bf16=bf16, **problem)
     y, sT, gradients = reference(inputs, s0, dy, dsT)
@@ -140,7 +140,7 @@ def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
     ours_y, ours_sT, kept = kernel.forward(*x, s0.float(), split=split)
     check((ours_y, ours_sT), (y, sT), 5e-3 * looser, ("y", "sT"))
     ours = kernel.backward(*x, kept, dy.float(), dsT.float(), segment=segment, split=split)
-    check(ours, gradients, 1e-2 * min(looser, 4), NAMES)
+    check(ours, gradients, 1e-2 * looser, NAMES)
 
 
 @needs_compiler
@@ -168,8 +168,8 @@ def test_other_head_sizes_and_fp32_inputs(kernels, N, bf16, problem, schedule, s
 def test_one_key_overwritten_by_every_token(kernels, seed, T, decay):
     """
     The hardest case for bf16: every token erases just what the one before it wrote, so that sums of 16
-    terms cancel down to one, and rounding k / P and b / P alone costs 0.7e-2. Catches anything much worse,
-    above all a bf16 inverse.
+    terms cancel down to one. Catches an L x L matrix of 8 bits, above all the inverse, or one whose rest is
+    left out of a product.
     """
     problem = {"seed": seed, "T": T, "decay": decay, "keys": "overwritten", "state": 1.0}
     check_chunked(kernels(64), problem, 64, seed, None, 1)
