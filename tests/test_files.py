@@ -112,8 +112,9 @@ def test_a_folder_has_one_owner(tmp_path):
     for kept in ("model.pth", ".hidden", "a.12345678"):
         (tmp_path / "no_fs" / kept).write_text("")
     assert len(os.listdir(tmp_path / "no_fs")) == 4
-    with locked(tmp_path):
-        assert sorted(os.listdir(tmp_path / "no_fs")) == [".hidden", "a.12345678", "model.pth"]
+    for _ in range(2):
+        with locked(tmp_path):
+            assert sorted(os.listdir(tmp_path / "no_fs")) == [".hidden", "a.12345678", "model.pth"]
 
 
 def test_clear_follows_no_links(tmp_path):
@@ -194,7 +195,7 @@ DAMAGES = {    # file: what is replaced in it, by what
         ('"seed": 0', f'"seed": {BIG}'), ('"seed": 0', '"seed": 1'), ('"round": "R8"', '"round": "R6"'),
         ('"status"', '"other"'), ('"steps": 10,(?=\n "hist)', '"steps": null,'), ('"no_fs"', '"prompt_fs"')],
     "records.jsonl": COMMON + [
-        *(('"loss": 4.5', f'"loss": {loss}') for loss in (BIG, "NaN", "Infinity", '"1"')),
+        *(('"loss": 4.5', f'"loss": {loss}') for loss in (BIG, "NaN", "Infinity", "-1.0", '"1"')),
         ('"correct": 4', f'"correct": {BIG}'), ('"tokens": 4, "correct": 4', '"tokens": 0, "correct": 0'),
         ('"correct": 4', '"correct": 5'), ('"exact": 1', '"exact": 0.5'), ('"f1": 1.0', '"f1": 1.1'),
         ('"step": 0', '"step": []'), ('"id": "q4"', '"id": null'),
@@ -232,16 +233,19 @@ KEYS = [*identity_of("R8", 0, "no_fs"), *"status steps history twin".split(),
 @example(key="history", value=[], arm="no_fs", standin=False)
 @example(key="data", value={}, arm="no_fs", standin=True)
 @example(key="seed", value="0", arm="no_fs", standin=False)
+@example(key="steps", value=5, arm="no_fs", standin=False)
 def test_fuzzed_runs_are_read_or_refused(tmp_path_factory, key, value, arm, standin):
     """Catches a value of an unforeseen kind in a run or a record that ends in a traceback."""
     runs = tmp_path_factory.mktemp("runs")
-    folder = write_seed(runs, n=2, standin=standin) / arm
-    change_run(folder, **{key: value})
-    for path in folder.glob("*.jsonl"):
+    folder = write_seed(runs, n=2, standin=standin)
+    for each in ARMS:
+        change_run(folder / each, **{key: value})
+    for path in (folder / arm).glob("*.jsonl"):
         first, *others = map(json.loads, path.read_text().splitlines())
         write_lines(path, [first | {key: value}, *others])
     with contextlib.suppress(ValueError, FileNotFoundError):
-        assert np.isfinite(read_round(runs / "R8").scores).all()
+        scores = read_round(runs / "R8").scores
+        assert scores.shape == (1, 2, 2, 4) and np.isfinite(scores).all()
 
 
 def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
