@@ -11,8 +11,8 @@ difference d is prompt_fs minus no_fs on the same example, at the last evaluatio
     F1      HotpotQA: of the greedy text
 
 References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM
-and F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, A tokens in its
-longest answer, V vocabulary entries.
+and F1; stats.py for the verdict. Shapes: S seeds, n examples, M metrics; B examples in a batch, A tokens in
+its longest answer, V vocabulary entries.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from tokenizer import END_OF_DOCUMENT, Tokenizer
 
 SHOWN = "S3"    # the round in which Future-Seed is seen at work
 # prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
-CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, the end shuffled"}
+CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
 
 
 # ---- score -------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def text_of_round(result: dict, p_in_words: str) -> str:
                   f"a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]",
                   f"verdict on d_acc: {result['verdict']}"]
     else:
-        lines.append(f"verdict on d_acc: {result['verdict']}, with {S} of the {MIN_SEEDS} seeds that it needs")
+        lines.append(f"verdict on d_acc: {result['verdict']}, with {S} of the {MIN_SEEDS} seeds it takes")
     if result["standin"]:
         without, with_fs = result["jumped"]
         lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
@@ -278,8 +278,8 @@ def text_of(results: list[dict]) -> str:
 
 def text_of_log(rounds: list[Round]) -> str:
     """The log's table, recomputed from its per-seed numbers."""
-    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; the "
-             "log's words"]
+    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; "
+             "the log's words"]
     for recipe in rounds:
         log = log_numbers(recipe)
         deltas, (mean, std) = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
@@ -307,8 +307,8 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
         answers.append([json.loads(line)["text"].strip() for line in lines])
     differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
-    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact picked "
-             f"at random is right {result['chance']:.0%} of the time.",
+    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact "
+             f"picked at random is right {result['chance']:.0%} of the time.",
              f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it "
              f"{acc['prompt_fs']:.0%}.",
              f"The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]

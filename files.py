@@ -128,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{folder}: cannot be made ({error.strerror}); name another folder, as --runs DIR") from None
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); use --runs DIR") from None
     with contextlib.ExitStack() as stack:
         if fcntl:
             handle = os.open(folder, os.O_RDONLY)

@@ -164,7 +164,7 @@ def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
 
 
 def answer_loss(logits, answer, answer_lengths):
-    """Each example's loss as in the log, (B,), nats: the first answer token's plus the mean of the others'."""
+    """Each example's loss as in the log, (B,): the first token's plus the mean of the others', in nats."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
     loss = loss.view(answer.shape)
     positions = torch.arange(answer.shape[1], device=answer.device)

@@ -176,7 +176,7 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
 
 
 def real_material(recipe: Round, args: argparse.Namespace) -> dict:
-    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that cannot be had."""
+    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that is missing."""
     def examples(split: str, n: int, seed: int) -> list[Example]:
         return load_examples(recipe.task, split, order=recipe.order, max_prompt=recipe.max_prompt,
                              min_prompt=recipe.min_prompt, max_answer=recipe.max_answer, n=n, seed=seed,
@@ -231,7 +231,7 @@ def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) 
                   f"made-up questions of {recipe.facts} facts, and a tiny base that is trained here first"]
     if args.device == "cpu" and args.base is None:
         hours = duration(3600 * real_hours(real, args.arms))
-        lines.append(f"the real round takes about {hours} a seed on a CPU" + bool(reason) * "; --real runs it")
+        lines.append(f"the real round takes about {hours} a seed on a CPU{'; --real runs it' * bool(reason)}")
     budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
     lines += [f"to do: {' and '.join(args.arms)}, {budget} of {recipe.batch_size} questions each, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
@@ -343,8 +343,8 @@ class Arm:
     def finite(self, loss: float, what: str) -> None:
         """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
         if not loss < float("inf"):
-            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may help, "
-                             f"as in --set lr={self.job.recipe.lr / 3:.1g}")
+            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may "
+                             f"help, as in --set lr={self.job.recipe.lr / 3:.1g}")
 
     def read_losses(self) -> None:
         """Bring the losses since the last call from the device."""
@@ -386,15 +386,15 @@ class Arm:
         return self.ledger.seconds >= 60 * self.job.minutes
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another run's."""
+        """Go on from the folder's checkpoint, if any. ValueError if it is damaged or another run's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 identity, self.ledger = saved["identity"], Ledger(**saved["ledger"])
             except Exception as error:    # a damaged file raises half a dozen types
-                raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:120]}); --fresh starts over") \
-                    from error
+                reason = str(error).splitlines()[0][:120]
+                raise ValueError(f"{path}: damaged ({reason}); use --fresh to start over") from error
             refuse_another(path, identity, self.identity)
             self.model.load_state_dict(saved["model"])
             if self.fs is not None:
@@ -420,10 +420,11 @@ class Arm:
             write_lines(self.folder / "records.jsonl", self.ledger.records)
             write_run(self.folder, {
                 **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
-                "steps": self.ledger.step, "seconds": int(self.ledger.seconds), "history": self.ledger.history})
+                "steps": self.ledger.step, "seconds": int(self.ledger.seconds),
+                "history": self.ledger.history})
         except OSError as error:
             raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); "
-                          "what was saved before is kept; free some space, and the same command goes on") from error
+                          "what was saved before is kept; free some space and run the same command") from error
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
@@ -509,7 +510,7 @@ def reproducible(device: str) -> None:
     # or every new tensor would be filled first, though nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # and on others: sums in AVX-512 end in other bits than in AVX2, and 250 steps make other models of them
+        # and on others: sums in AVX-512 end in other bits, and 250 steps make other models of them
         for library, name in (("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
                               ("ONEDNN_MAX_CPU_ISA", "AVX2")):    # read at their first operation
             os.environ[library] = name
@@ -553,7 +554,7 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
             progress.total += work_of((small if made_up else real)[later], args.arms)
             if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
                 progress.total += standin.base_work(small[later])
-        # to small arrays a second thread is worth little, and on a busy machine it makes a step ten times slower
+        # to small arrays a second thread is worth little, and on a busy machine it costs ten times as much
         torch.set_num_threads(1 if made_up else threads)
         try:
             run_seed((small if made_up else real)[name], (miniatures if made_up else published)[name], seed,
@@ -585,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
-        complain("out of memory; use --set micro_batch_size=1 checkpoint_activations=true or lower max_prompt")
+        complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true, or less max_prompt")
         return 2
     finally:
         for number, handler in handlers.items():

@@ -37,30 +37,46 @@ def test_the_code_runs(monkeypatch, capsys):
     assert all(x.grad is not None for x in inputs)
 
 
-def test_the_commands_are_understood(monkeypatch):
-    """Catches an option or a round that is gone; nothing is run."""
-    commands = re.findall(r"python (train|eval)\.py ([^`#\n]*)", README)
+def test_the_commands_are_understood():
+    """Catches an option or a round that is gone, here and in the study; nothing is run."""
+    study = (ROOT / "study" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?:python|nproc_per_node=\d+) (train|eval)\.py ([^`#\n]*)", README + study)
     assert len(commands) > 10
-    monkeypatch.setattr(eval, "Figure", True)    # --plot asks whether matplotlib is there
     for program, words in commands:
-        argv = shlex.split(words.replace("…", "x"))
         if program == "train":
-            expand([name for name in train.parse_arguments(argv).round if name != "standin"])
+            expand(train.parse_arguments(shlex.split(words)).round, load_rounds()[0])
         else:
-            eval.parse_arguments(argv)
+            eval.parse_arguments(shlex.split(words))
 
 
-def test_the_logs_p_values_are_the_commands():
-    """Catches a number rounded twice, or of another round."""
-    rows = re.findall(r"^\| (R\d+[ab]?) \|.*\| (?:([\d.]+)|–) \| inconclusive \|$", README, re.M)
-    found = {name: eval.log_numbers(round)["p"] for name, round in load_rounds().items() if round.log}
-    assert dict(rows) == {name: "" if p is None else f"{p:.3f}" for name, p in found.items()}
+def test_the_logs_numbers_are_the_logs():
+    """Catches a digit that was mistyped: every round's numbers, in the order of its row."""
+    rows = re.findall(r"^\| (R\d+[a-d]?(?:, R\d+[a-d]?)*) \|[^|]*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
+    rounds, seen = load_rounds()[0], []
+    for names, d_acc, means in rows:
+        names = names.split(", ")
+        numbers = [float(number.replace("−", "-")) for number in re.findall(r"[+−][\d.]+", d_acc)]
+        assert numbers == [delta for name in names for delta in rounds[name].log["d_acc"]], names
+        means = [float(number.replace("−", "-")) for number in re.findall(r"[+−][\d.]+", means)]
+        assert means == [rounds[name].log["mean"] for name in names], names
+        seen += names
+    assert sorted(seen) == sorted(name for name in rounds if rounds[name].log)
 
 
 def test_the_map_names_every_file():
     listed = re.findall(r"^(\w+\.(?:py|cu|toml)) ", README, re.M)
     there = [path.name for path in ROOT.iterdir() if path.suffix in (".py", ".cu", ".toml")]
     assert sorted(listed) == sorted(there)
+
+
+def test_the_house_keeps_its_budget():
+    """Catches the growth that this repository had to be cut back from."""
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
+    assert len(lines) <= 12 and max(lines.values()) <= 600, lines
+    assert len(README.splitlines()) <= 200
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("study/*.py")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 110, (path, number)
 
 
 def test_imports_go_one_way():
