@@ -423,8 +423,9 @@ class Arm:
                 "steps": self.ledger.step, "seconds": int(self.ledger.seconds),
                 "history": self.ledger.history})
         except OSError as error:
-            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({error.strerror or error}); "
-                          "what was saved before is kept; free some space and run the same command") from error
+            reason = error.strerror or error
+            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({reason}); what was saved "
+                          "before is kept; free some space and run the same command") from error
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
@@ -586,7 +587,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
-        complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true, or less max_prompt")
+        complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
         return 2
     finally:
         for number, handler in handlers.items():
