@@ -32,7 +32,7 @@ RECORDS = {
     "hotpotqa": {"_id": "5a", "question": "Who wrote\nEmma? ", "answer": " Jane Austen", "type": "bridge",
                  "level": "hard", "supporting_facts": [["Emma", 0]],
                  "context": [["Emma ", ["Emma is a novel.", "", " It is by Jane Austen.\n"]], ["Bath", []],
-                             ["", ["A city.\r\n"]]]},
+                             ["", ["A\rcity.\r\n"]]]},
 }
 LITERALLY = {    # context, question, end, answer
     "arc": ("Options:\n1. dust\n2. rain\n3. sand", "Question:\nWhich is wet?", "\n\nAnswer: ", "2"),
@@ -409,9 +409,10 @@ def test_two_downloads_at_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("task", RECORDS)
-def test_without_a_network(tmp_path, monkeypatch, task):
+def test_without_a_network(tmp_path, monkeypatch, request, task):
     """Catches an offline run that touches the network, and a minute of silence where nobody answers."""
     monkeypatch.setattr(data, "SECONDS_TO_ANSWER", 0.2)
+    request.addfinalizer(lambda: socket.setdefaulttimeout(None))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_to(monkeypatch, silent.getsockname()[1])
         refused(task, tmp_path, "timed out")
@@ -436,8 +437,8 @@ def test_onto_a_full_disk_or_into_no_folder(server, tmp_path, task):
 @pytest.mark.parametrize("faults", [[], [None, "cut", "cut"]])
 def test_arc_is_read_without_the_rest_of_its_archive(server, tmp_path, faults):
     """Catches 680 MB fetched for one, another member, and a member read wrong where a request breaks."""
-    corpus = random.Random(1).randbytes(3_000_000)
-    server.content, server.faults = zipped({"corpus": corpus, MEMBER: LINES}), faults
+    corpus = random.Random(1).randbytes(2_000_000)
+    server.content, server.faults = zipped({"corpus": corpus, MEMBER: LINES, "more": corpus}), faults
     assert find_file("arc", "train", tmp_path, offline=False).read_bytes() == LINES
     assert files_in(tmp_path) == [tmp_path / ARC_FILE]
     spans = [span.removeprefix("bytes=").split("-") for span in server.asked]
