@@ -95,7 +95,7 @@ def check(results, expected, tolerance, what):
     """Every result within the tolerance, relative L2; an error of NaN fails."""
     for name, result, wanted in zip(what, results, expected):
         error = relative_error(result, wanted)
-        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.1e}"
 
 
 problems = st.fixed_dictionaries({
@@ -168,14 +168,31 @@ def test_other_head_sizes_and_fp32_inputs(kernels, N, bf16, problem, schedule, s
 def test_one_key_overwritten_by_every_token(kernels, seed, T, decay):
     """
     The hardest case for bf16: every token erases just what the one before it wrote, so that sums of 16
-    terms cancel down to one. Catches an L x L matrix of 8 bits, above all the inverse, or one whose rest is
-    left out of a product.
+    terms cancel down to one. Catches an inverse of 8 bits and whatever else is much worse.
     """
     problem = {"seed": seed, "T": T, "decay": decay, "keys": "overwritten", "state": 1.0}
     check_chunked(kernels(64), problem, 64, seed, None, 1)
     inputs, s0, _, _ = draw_problem(N=64, bf16=False, **problem)
     ours = kernels(64, bf16=False).token_forward(*(i.float() for i in inputs), s0.float())
     check(ours, recurrence(*inputs, s0), 1e-5, ("y", "sT"))
+
+
+@needs_compiler
+def test_what_cancels_keeps_sixteen_bits(kernels):
+    """
+    Catches any rest of an L x L matrix, of Z, U or dU that is left out of one product. Over 12 heads, with
+    two keys and no decay, errors differ by 3 % between seeds; each such loss adds 8 % or more to one of them.
+    """
+    inputs, s0, dy, dsT = draw_problem(seed=0, N=64, T=48, H=12, decay="none", keys="repeated")
+    y, sT, gradients = reference(inputs, s0, dy, dsT)
+    x = [i.float() for i in inputs]
+    kernel = kernels(64)
+    ours_y, ours_sT, kept = kernel.forward(*x, s0.float())
+    ours = kernel.backward(*x, kept, dy.float(), dsT.float())
+    check([ours_y], [y], 2.5e-3, "y")
+    check([ours_sT], [sT], 2.3e-3, ["sT"])
+    check([ours[3]], [gradients[3]], 3.7e-3, "v")
+    check([ours[4]], [gradients[4]], 4.6e-3, "a")
 
 
 @needs_compiler
