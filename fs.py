@@ -156,7 +156,8 @@ def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
     logits: (B, T, V) would be a gigabyte at T = 4096.
     """
     given = answer[:, :-1] if answer.shape[1] > 1 else None
-    hidden, state = model(prompt, lengths=prompt_lengths, seed=fs, answer=given)
+    lengths = prompt_lengths if len(prompt) > 1 else None    # one row has no padding, and needs no masks
+    hidden, state = model(prompt, lengths=lengths, seed=fs, answer=given)
     rows = torch.arange(len(prompt), device=prompt.device)
     before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
     before_answer = torch.cat([before_first, hidden[:, prompt.shape[1]:]], dim=1)    # (B, A, C)

@@ -81,10 +81,9 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     return records
 
 
-def chance(recipe: Round) -> float:
+def chance(task: str, facts: int) -> float:
     """How often the value of a fact picked at random is right: a verb may be right by accident."""
-    others = 1 - 1 / recipe.facts
-    return 1 / recipe.facts + (others / len(VERBS) if recipe.task == "hotpotqa" else 0.0)
+    return 1 / facts + ((1 - 1 / facts) / len(VERBS) if task == "hotpotqa" else 0.0)
 
 
 class SmallTokenizer(Tokenizer):

@@ -40,7 +40,7 @@ import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
 from eval import CONTROLS, explain, means_of, report, score, words_of
 from files import (ARMS, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run,
-                   refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
+                   read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -251,8 +251,8 @@ def real_hours(recipe: Round, arms: list[str]) -> float:
 
 # ---- one arm -----------------------------------------------------------------------------------------------
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM. Its argument is the signal's number."""
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Its argument is the signal's number. No error, and not to be caught as one."""
 
 
 class Interrupt:
@@ -498,6 +498,7 @@ def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, 
             elif state == "running" or args.fresh or not copy_twin(folder / arm, job.identity(arm), twin):
                 run_arm(job, arm, progress, interrupt)
         if args.arm == "both":
+            read_seed(folder)    # a report leaves out what is damaged, but not without a word on this seed
             result, text = report(published, runs_dir / recipe.name)
             print(text)
             if job.standin:
@@ -585,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
         complain(error)
         return 2
     except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
         return 2

@@ -144,7 +144,8 @@ def draw_seeds(arms: list[dict], steps: int = 250) -> None:
         ):
             panel.plot(values, [place + shift] * len(values), mark, color=colour, markersize=4, alpha=0.7,
                        label=None if place else label)
-        guess = chance(load_rounds()[1][name])
+        one = next(iter(without.values()))
+        guess = chance(one["task"], one["facts"])
         panel.plot([guess] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
                    label=None if place else "a fact picked at random")
     titles = [f"{name}: {load_rounds()[0][name].title}" for name in rounds]

@@ -99,7 +99,7 @@ def test_validation_is_new_and_guesses_do_not_pay(task, monkeypatch):
     places = [[name for name, _ in part].index(name) for part, name in zip(facts, asked)]
     assert all(400 < places.count(place) < 600 for place in range(4))
     lucky = np.mean([[value == part[place][1] for _, value in part] for part, place in zip(facts, places)])
-    assert abs(lucky - standin.chance(dataclasses.replace(SMALL["S1"], task=task, facts=4))) < 0.01
+    assert abs(lucky - standin.chance(task, 4)) < 0.01
     assert task == "hotpotqa" or len({label for part in facts for _, label in part}) == 26
 
     for words, few in (("NAMES", 5), ("VERBS", 2), ("LABELS", 3)):    # or chance alone would keep the splits apart
@@ -291,7 +291,7 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
     capsys.readouterr()
     assert train.main(command) == 0
     words = capsys.readouterr().out.partition("Seed 3 in words")[2]
-    for said in (f"8 questions on {facts} facts", f"{standin.chance(recipe):.0%} of the time",
+    for said in (f"8 questions on {facts} facts", f"{standin.chance(recipe.task, facts):.0%} of the time",
                  "Without Future-Seed 0% ", "with it 75%", "answer 4 questions differently, such as",
                  f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing", "--seeds 0-5"):
         assert said in words, said
