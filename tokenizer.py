@@ -17,29 +17,22 @@ from pathlib import Path
 VOCABULARY = Path(__file__).with_name("rwkv_vocab_v20230424.txt")
 VOCABULARY_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 END_OF_DOCUMENT = 0
-# bytes of the longest token
-LONGEST = 128
-# the key under which a trie node keeps its longest match; the other keys are bytes, 0 .. 255
-MATCH = -1
+LONGEST = 128    # bytes of the longest token
+MATCH = -1       # the key of a trie node's longest match; its other keys are bytes, 0 .. 255
 
 
 def read_vocabulary(path):
-    """Read the published vocabulary file into {id: bytes}, ids 1 .. 65529.
-
-    Raises FileNotFoundError when the file is missing and ValueError when it is not the published one.
-    """
+    """The published file as {id: bytes}, ids 1 .. 65529. FileNotFoundError, or ValueError for another file."""
     restore = f"restore it with: git checkout -- {path.name}"
     try:
-        # git on Windows may have turned the line ends into CRLF
-        raw = path.read_bytes().replace(b"\r\n", b"\n")
+        raw = path.read_bytes().replace(b"\r\n", b"\n")    # git on Windows may have changed the line ends
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the tokenizer's vocabulary is missing; {restore}") from None
     if hashlib.sha256(raw).hexdigest() != VOCABULARY_SHA256:
         raise ValueError(f"{path}: not the published RWKV World vocabulary (sha256 differs); {restore}")
     tokens = {}
     for line in raw.decode().removesuffix("\n").split("\n"):
-        number, rest = line.split(" ", 1)
-        literal = rest.rsplit(" ", 1)[0]
+        number, literal = line.rpartition(" ")[0].split(" ", 1)
         # the parser is slow and 99 lines in 100 have no escape: there the text stands between its quotes
         token = ast.literal_eval(literal) if "\\" in literal else literal[1:-1]
         tokens[int(number)] = token.encode() if isinstance(token, str) else token
