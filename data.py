@@ -13,7 +13,6 @@ import http.client
 import io
 import json
 import math
-import os
 import random
 import socket
 import tempfile
@@ -26,6 +25,7 @@ from typing import Callable, Iterator, Sequence
 
 import torch
 import torch.hub
+from torch.nn.utils.rnn import pad_sequence
 
 from files import atomic_write, say
 from tokenizer import VOCABULARY_SHA256, Tokenizer
@@ -89,12 +89,9 @@ def read_arc(record: dict) -> tuple[str, str, str, list[str]] | None:
     """An official ARC record -> context, question, answer, labels; None where the log leaves it out."""
     question = field(record, "question", dict)
     stem = clean(field(question, "stem", str))
-    options = []
-    for choice in field(question, "choices", list):
-        option = (clean(field(choice, "label", str)), clean(field(choice, "text", str)))
-        if all(option):
-            options.append(option)
-    options.sort(key=lambda option: option[0])
+    options = sorted((clean(field(choice, "label", str)), clean(field(choice, "text", str)))
+                     for choice in field(question, "choices", list))
+    options = [option for option in options if all(option)]
     labels = [label for label, _ in options]
     answer = clean(field(record, "answerKey", str))[:1]
     if not stem or not answer or len(options) < 2:
@@ -150,10 +147,51 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     return Example(id, prompt_tokens, answer_tokens, answer, choices, min(tail, len(prompt_tokens)))
 
 
-# ---- the network -------------------------------------------------------------------------------------------
+# ---- files of records --------------------------------------------------------------------------------------
 
-def download(url: str, path: Path, check: Callable[[Path], object], offline: bool) -> None:
-    """Fetch url to path, whole and checked or not at all.
+def answer_to(url: str, byte_range: str) -> http.client.HTTPResponse:
+    return urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={byte_range}"}))
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on a server that answers range requests, seekable, so that zipfile can read it in place."""
+
+    readable = seekable = lambda self: True
+
+    def __init__(self, url: str):
+        self.url, self.position = url, 0
+        with answer_to(url, "0-0") as answer:
+            self.size = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        end = min(self.position + len(buffer), self.size)
+        if end <= self.position:
+            return 0
+        with answer_to(self.url, f"{self.position}-{end - 1}") as answer:
+            count = answer.readinto(buffer)    # of a broken answer the beginning; zipfile asks for the rest
+        if answer.status != 206 or not count:
+            raise OSError("the server did not send the part asked for")
+        self.position += count
+        return count
+
+
+def read_member(url: str, name: str) -> bytes:
+    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680)."""
+    try:
+        with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
+            if archive.getinfo(name).file_size > LARGEST_MEMBER:
+                raise ValueError(f"{name} is larger than it should be")
+            return archive.read(name)
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"damaged archive: {error}") from error
+
+
+def download(url: str, path: Path, check: Callable[[Path], object], offline: bool, member: str = "") -> None:
+    """Fetch url, or a member of the zip archive there, to path: whole and checked or not at all.
 
     Args: check, called with the file before it gets its name, raises ValueError to refuse it.
     Raises FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
@@ -166,60 +204,17 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         socket.setdefaulttimeout(SECONDS_TO_ANSWER)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             part = Path(folder, path.name)
-            torch.hub.download_url_to_file(url, str(part))
+            if member:
+                part.write_bytes(read_member(url, member))
+            else:
+                torch.hub.download_url_to_file(url, str(part))
             check(part)
             part.rename(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put it "
+        it = f"its member {member}" if member else "it"
+        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put {it} "
                                 "there") from None
 
-
-def answer_to(url: str, byte_range: str) -> http.client.HTTPResponse:
-    headers = {"User-Agent": "future-seed", "Accept-Encoding": "identity", "Range": f"bytes={byte_range}"}
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS_TO_ANSWER)
-
-
-class RemoteFile(io.RawIOBase):
-    """A file on a server that answers range requests, seekable, so that zipfile can read it in place."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self.position = 0
-        with answer_to(url, "0-0") as answer:
-            self.size = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        end = min(self.position + len(buffer), self.size)
-        if end <= self.position:
-            return 0
-        with answer_to(self.url, f"{self.position}-{end - 1}") as answer:
-            content = answer.read(end - self.position)
-        if answer.status != 206 or not content:
-            raise OSError("the server did not send the part asked for")
-        buffer[:len(content)] = content     # of a broken answer the beginning; the reader asks for the rest
-        self.position += len(content)
-        return len(content)
-
-
-def read_member(url: str, name: str) -> bytes:
-    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680)."""
-    with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
-        if archive.getinfo(name).file_size > LARGEST_MEMBER:
-            raise ValueError(f"{name} is larger than it should be")
-        return archive.read(name)
-
-
-# ---- files of records --------------------------------------------------------------------------------------
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
@@ -230,29 +225,17 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
-    if path.exists():
-        return path
-    if task == "hotpotqa":
-        def check(file: Path) -> None:
-            if sha256_of(file) != HOTPOTQA_SHA256[path.name]:
-                raise ValueError("not the published file: its sha256 differs")
 
-        download(HOTPOTQA_FOLDER + path.name, path, check, offline)
-        return path
-    member = ARC_FOLDER + path.name
-    try:
-        if offline:
-            raise OSError("downloads are off")
-        say(f"reading {path.name} from the archive at {ARC_ARCHIVE.split('/')[2]}")
-        content = read_member(ARC_ARCHIVE, member)
-        if len(content.splitlines()) != published:
+    def check(file: Path) -> None:
+        if task == "arc" and len(file.read_bytes().splitlines()) != published:
             raise ValueError(f"not the published file: it should hold {published:,} records")
-        with atomic_write(path) as file:
-            file.write(content)
-    except (OSError, http.client.HTTPException, ValueError, KeyError, EOFError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:
-        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {ARC_ARCHIVE} by hand and "
-                                f"put its member {member} there") from None
+        if task == "hotpotqa" and sha256_of(file) != HOTPOTQA_SHA256[path.name]:
+            raise ValueError("not the published file: its sha256 differs")
+
+    if not path.exists() and task == "arc":
+        download(ARC_ARCHIVE, path, check, offline, member=ARC_FOLDER + path.name)
+    elif not path.exists():
+        download(HOTPOTQA_FOLDER + path.name, path, check, offline)
     return path
 
 
@@ -264,9 +247,8 @@ def read_records(path: Path) -> list:
         if path.suffix == ".json":
             records = json.loads(text)
         else:
-            for line in text.splitlines():
-                if line.strip():
-                    records.append(json.loads(line))
+            for line in filter(str.strip, text.splitlines()):
+                records.append(json.loads(line))
         if not isinstance(records, list) or not records:
             raise ValueError("no records")
     except (ValueError, RecursionError) as error:
@@ -283,21 +265,32 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps([vars(example) for example in examples]).encode()).hexdigest()
 
 
-def cached(path: Path, make: Callable[[], list[Example]]) -> list[Example]:
-    """What make() returns, from the file if it holds that undamaged, else put there for the next time."""
-    try:
-        checksum, found = json.loads(path.read_bytes())
-        examples = [Example(**row) for row in found]
-        if examples and fingerprint(examples) == checksum:
-            return examples
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
-    examples = make()
-    try:
-        with atomic_write(path, "w") as file:
-            json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
-    except OSError as error:
-        say(f"note: {path.parent} cannot be written ({error.strerror}); every start takes longer")
+def draw(task: str, split: str, path: Path, tokenizer: Tokenizer, n: int | None, seed: int,
+         rules: dict) -> list[Example]:
+    """The first n of the file's records, shuffled as in the log, that qualify under make_example's rules."""
+    if path.stat().st_size > 100e6:
+        say(f"reading {path.name}, once: up to a minute")
+    records, published = read_records(path), FILES[task, split][1]
+    if len(records) != published:
+        say(f"note: {path} holds {len(records):,} records; the published file holds {published:,}")
+    indices = list(range(len(records)))
+    random.Random(seed).shuffle(indices)
+    examples = []
+    for i in indices:
+        if len(examples) == n:
+            break
+        try:
+            example = make_example(task, records[i], tokenizer, **rules)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: record {i + 1}: {error}") from None
+        if example is not None:
+            examples.append(example)
+    if not examples or len(examples) < (n or 0):
+        setting, least = "n_train" if split == "train" else "n_val", rules["min_prompt"]
+        raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
+                         f"{least}); lower {setting} = {n}" + " or min_prompt" * (least > 0))
+    if len({example.id for example in examples}) < len(examples):
+        raise ValueError(f"{path}: two of its records have the same id; restore the published file")
     return examples
 
 
@@ -308,43 +301,28 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
     assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
     make_example. What comes out is kept in assets/cache, under a name made of all that decides it.
-    Raises FileNotFoundError where the file cannot be had, ValueError for a
-    malformed record, two of one id, or too few that qualify.
+    Raises FileNotFoundError where the file cannot be had, ValueError for a malformed record, two of one id,
+    or too few that qualify.
     """
     path = find_file(task, split, Path(assets), offline)
     rules = dict(order=order, max_prompt=max_prompt, min_prompt=min_prompt, max_answer=max_answer)
-
-    def make() -> list[Example]:
-        if path.stat().st_size > 100e6:
-            say(f"reading {path.name}, once: up to a minute")
-        records = read_records(path)
-        published = FILES[task, split][1]
-        if len(records) != published:
-            say(f"note: {path} holds {len(records):,} records; the published file holds {published:,}")
-        tokenizer = Tokenizer()
-        indices = list(range(len(records)))
-        random.Random(seed).shuffle(indices)
-        examples = []
-        for i in indices:
-            if len(examples) == n:
-                break
-            try:
-                example = make_example(task, records[i], tokenizer, **rules)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: record {i + 1}: {error}") from None
-            if example is not None:
-                examples.append(example)
-        if not examples or len(examples) < (n or 0):
-            setting = "n_train" if split == "train" else "n_val"
-            raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
-                             f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
-        if len({example.id for example in examples}) < len(examples):
-            raise ValueError(f"{path}: two of its records have the same id; restore the published file")
-        return examples
-
     decisive = [task, split, sha256_of(path), VOCABULARY_SHA256, sha256_of(Path(__file__)), rules, n, seed]
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return cached(Path(assets) / "cache" / f"{task}-{split}-{key[:16]}.json", make)
+    cache = Path(assets) / "cache" / f"{task}-{split}-{key[:16]}.json"
+    try:
+        checksum, rows = json.loads(cache.read_bytes())
+        examples = [Example(**row) for row in rows]
+        if examples and fingerprint(examples) == checksum:
+            return examples
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass    # not there yet, or damaged
+    examples = draw(task, split, path, Tokenizer(), n, seed, rules)
+    try:
+        with atomic_write(cache, "w") as file:
+            json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
+    except OSError as error:
+        say(f"note: {cache.parent} cannot be written ({error.strerror}); every start takes longer")
+    return examples
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -378,8 +356,7 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
 def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
-    longest = max(len(row) for row in rows)
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     if torch.device(device).type == "cuda":
         # from pinned memory the copies queue up behind the work before them, and nobody waits
