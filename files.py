@@ -31,7 +31,6 @@ except ImportError:
 SECONDS_BETWEEN_LINES = 2
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
-AGAIN = "run this arm again with --fresh"
 
 
 # ---- the terminal ------------------------------------------------------------------------------------------
@@ -55,8 +54,7 @@ class Progress:
     """How far a long piece of work is. What the work is counted in is the caller's to choose."""
 
     def __init__(self, total: float, left: str = "left"):
-        self.total = total
-        self.left = left    # in words
+        self.total, self.left = total, left    # of what: in words
         self.done = self.first = 0.0
         self.started = self.shown = time.monotonic()
 
@@ -77,25 +75,22 @@ class Progress:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file that becomes `path` when the block ends well.
+    """Open, as "wb" or "w" (UTF-8), a temporary file that becomes `path` when the block ends well.
 
-    Args: path, whose folder is made if need be; mode, "wb" or "w" (UTF-8).
     If the block raises, or the disk is full, `path` keeps what it held and the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         os.chmod(temporary, 0o644)     # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -121,14 +116,8 @@ def write_run(folder: Path, run: dict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own a folder, made if need be, and clear away what a killed owner left half written in its folders.
-
-    Raises ValueError where another process owns it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be made ({error.strerror}); use --runs DIR") from None
+    """Own a folder, made if need be, or raise ValueError; clear away what a killed owner left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if fcntl:
             handle = os.open(folder, os.O_RDONLY)
@@ -136,8 +125,8 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
-                                 "--runs DIR") from None
+                words = "another process is at work here; let it finish, or use --runs DIR"
+                raise ValueError(f"{folder}: {words}") from None
             except OSError:
                 pass    # some network disks have no locks
         for leftover in folder.glob("*/.*.????????"):
@@ -166,12 +155,12 @@ def leaves(value, name: str = "") -> dict[str, object]:
             for leaf, found in leaves(inner, f"{name}.{key}" if name else key).items()}
 
 
-def in_words(there: dict, here: dict, most: int = 3) -> str:
+def in_words(there: dict, here: dict) -> str:
     """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
     old, new = leaves(there), leaves(here)
     found = [f"{name}: {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
              for name in {**old, **new} if old.get(name) != new.get(name)]
-    return "; ".join(found[:most] + [f"and {len(found) - most} more"] * (len(found) > most))
+    return "; ".join(found[:3] + [f"and {len(found) - 3} more"] * (len(found) > 3))
 
 
 def refuse_another(place: Path, found: dict, wanted: dict) -> None:
@@ -193,7 +182,7 @@ def damage_told(path: Path) -> Iterator[None]:
     except (OSError, Damaged):
         raise
     except Exception as error:
-        raise Damaged(f"{path}: damaged ({error!r:.100}); {AGAIN}") from error
+        raise Damaged(f"{path}: damaged ({error!r:.100}); run this arm again with --fresh") from error
 
 
 def read_run(folder: Path) -> dict:
@@ -203,7 +192,7 @@ def read_run(folder: Path) -> dict:
         here = [run["round"], f"seed{run['seed']}", run["arm"]]
         if here != list(folder.absolute().parts[-3:]):
             raise ValueError(f"it is {'/'.join(here)}'s")
-        told = all({"code", "machine"} <= entry.keys() for entry in run["history"]) and run["history"]
+        told = run["history"] and all({"code", "machine"} <= entry.keys() for entry in run["history"])
         if run["status"] not in ("running", "done") or type(run["steps"]) is not int or not told:
             raise ValueError("status, steps or history")
     return run
@@ -231,10 +220,11 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
 
     Budgets in minutes depend on the clock and have no twins, nor has what was resumed in other surroundings.
     """
+    if identity["minutes"] is not None or folder.name != "no_fs":
+        return False
     temporary = folder.with_name(".no_fs.twincopy")
-    shutil.rmtree(temporary, ignore_errors=True)
-    twins = folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")
-    for path in sorted(twins) if identity["minutes"] is None and folder.name == "no_fs" else ():
+    for path in sorted(folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")):
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(ValueError, OSError):    # damaged, or being deleted: its round will complain
             run = read_run(path)
             if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:
@@ -245,7 +235,7 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
                     temporary.rename(folder)
                     say(f"{folder}: the same run as {path}, copied from there")
                     return True
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     return False
 
 
@@ -265,21 +255,18 @@ class Runs:
 
 
 def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list[float]]]:
-    """records.jsonl as {step: {id: values of METRICS}}; controls.jsonl likewise, by "control".
-
-    Raises ValueError naming the file, FileNotFoundError where there is none.
-    """
+    """records.jsonl as {step: {id: values of METRICS}}; controls.jsonl likewise, by "control"."""
     evaluations = {}
     with damage_told(path):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
-            correct, tokens, loss = record["correct"], record["tokens"], record["loss"]
-            exact, f1 = record["exact"], record["f1"]
+            id, loss, exact, f1 = record["id"], record["loss"], record["exact"], record["f1"]
+            correct, tokens = record["correct"], record["tokens"]
             evaluation = evaluations.setdefault(record[by], {})
             if not (0 <= correct <= tokens and 0 <= loss < 1e30 and exact in (0, 1) and 0 <= f1 <= 1
-                    and type(record["id"]) is str and record["id"] not in evaluation):
+                    and type(id) is str and id not in evaluation):
                 raise ValueError(f"line {number} has a value that cannot be, or an example again")
-            evaluation[record["id"]] = [correct / tokens, loss, exact, f1]
+            evaluation[id] = [correct / tokens, loss, exact, f1]
         if len({frozenset(evaluation) for evaluation in evaluations.values()}) != 1:
             raise ValueError("an evaluation lacks examples")
     return evaluations
@@ -287,10 +274,8 @@ def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list
 
 def same_of(run: dict, across_seeds: bool) -> dict:
     """What must not differ between runs. On the stand-in a seed has its own base and training questions."""
-    same = {key: run[key] for key in ("standin", "settings", "minutes", "base", "data")}
-    if across_seeds and run["standin"]:
-        same |= {"base": None, "data": run["data"]["validation"]}
-    return same
+    own = {"base": None, "data": run["data"]["validation"]} if across_seeds and run["standin"] else {}
+    return {key: run[key] for key in ("standin", "settings", "minutes", "base", "data")} | own
 
 
 def read_seed(folder: Path) -> tuple[list[dict], list[dict], dict]:
@@ -312,8 +297,8 @@ def read_seed(folder: Path) -> tuple[list[dict], list[dict], dict]:
 
 def seeds_on_disk(folder: Path) -> list[int]:
     """The seeds of a round's folder. seed05 is none: it would be the same as seed5."""
-    found = [path.name for path in folder.glob("seed*") if path.is_dir()]
-    return sorted(int(name[4:]) for name in found if re.fullmatch("seed(0|[1-9][0-9]{0,17})", name))
+    return sorted(int(path.name[4:]) for path in folder.glob("seed*")
+                  if path.is_dir() and re.fullmatch("seed(0|[1-9][0-9]{0,17})", path.name))
 
 
 def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
