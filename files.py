@@ -206,6 +206,7 @@ def read_run(folder: Path) -> dict:
         told = all({"code", "machine"} <= entry.keys() for entry in run["history"]) and run["history"]
         if run["status"] not in ("running", "done") or type(run["steps"]) is not int or not told:
             raise ValueError("status, steps or history")
+        same_of(run, across_seeds=True)    # or it lacks something of what runs are compared by
     return run
 
 
