@@ -195,6 +195,7 @@ def read_run(folder: Path) -> dict:
         told = run["history"] and all({"code", "machine"} <= entry.keys() for entry in run["history"])
         if run["status"] not in ("running", "done") or type(run["steps"]) is not int or not told:
             raise ValueError("status, steps or history")
+        same_of(run, across_seeds=True)    # or it lacks something of what runs are compared by
     return run
 
 

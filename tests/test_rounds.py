@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import fs
 from model import Config
-from rounds import CHOICES, ROUNDS_FILE, SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
+from rounds import CHOICES, SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
 
 ROUNDS, MINIATURES = load_rounds()
 LOG = """
@@ -177,7 +177,8 @@ def test_set(pair, value):
     "steps", "step=3", "=3", "steps=", "steps=two", "steps=2.0", "steps=true", "steps=-1", "steps=[1]",
     "lr=x", "lr=nan", "lr=inf", "lr=1e39", "lr=true", "lr=1979-05-27", "lr={}", "lr=1" + 400 * "0",
     "order=up", "order=3", "fs_norm=1", "fs_norm=True", "seeds=3", "seeds=[0.5]", "name=R1", "log=1",
-    "fs_layer_start=-1", "task=squad", "fs_gate=none", "fs_alpha_schedule=", "n_val=1", "n_train=0",
+    "fs_layer_start=-1", "task=squad", "fs_gate=none", "fs_alpha_schedule=", "n_val=1", "max_prompt=0",
+    "max_answer=0", "n_train=0", "batch_size=0", "eval_every=0",
 ])
 def test_set_errors(pair):
     """Catches a wrong key, type, choice or count that passes, or a message that does not say which."""
