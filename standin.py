@@ -2,11 +2,12 @@
 
 The questions are made up here, in the official records' formats. The base is trained here on first use, in a
 minute or so. It is what the published one is to the log, a model that answers well while the question comes
-first: it was pretrained so, without Future-Seed. Post-training then puts the question last. [standin] in
-rounds.toml has the lengths and steps; a round keeps its task, its order and its Future-Seed.
+first: it was pretrained so, without Future-Seed. Post-training then puts the question last. The base is an
+official checkpoint but for its vocabulary: only the tokens that the questions need, 162 of 65536, in their
+order, from 1 on. [standin] in rounds.toml has the lengths and steps; a round keeps its task, its order and
+its Future-Seed.
 
-The base is an official checkpoint but for its vocabulary: only the tokens that the stand-in's questions need,
-162 of 65536, in their order, from 1 on.
+Shapes: B questions in a batch, V entries of the vocabulary.
 """
 
 import functools
@@ -17,14 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import Example, arrange, collate, make_example, read_arc, read_hotpotqa
+from data import Example, collate, make_example
 from files import Progress, say
-from fs import answer_logits, answer_loss, prefill
+from fs import answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import Round
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-MAX_PROMPT, MAX_ANSWER = 256, 4    # tokens: more than any question here has
+MAX_PROMPT = 256    # tokens, and more than any question has
+LENGTHS = {"max_prompt": MAX_PROMPT, "max_answer": 4}
 LAYERS, HEAD_SIZE, RANK = 12, 16, 8
 BATCH, LR, WARM_UP = 32, 4e-3, 10
 EASY = 0.35          # nats: once the running loss is below it, the questions get one fact more
@@ -52,8 +54,7 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     arc: the options "D. Ann", "K. Bob", …; "Who is Bob?"; "K" (2 to 26 facts), the labels drawn and sorted.
 
     No question can be answered without the facts. A hash of the facts, in whatever order, and the question
-    decides which split they are in: training and validation share none. Raises ValueError for n_facts out of
-    range.
+    decides which split they are in: training and validation share none. ValueError for n_facts out of range.
     """
     most = len(NAMES) if task == "hotpotqa" else len(LABELS)
     if not 2 <= n_facts <= most:
@@ -75,8 +76,7 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
             records.append({"id": id, "question": {"stem": f"Who is {names[asked]}?", "choices": choices},
                             "answerKey": values[asked]})
         else:
-            records.append({"_id": id, "question": names[asked], "answer": values[asked], "type": "bridge",
-                            "level": "easy", "supporting_facts": [["", 0]],
+            records.append({"_id": id, "question": names[asked], "answer": values[asked],
                             "context": [["", [fact]] for fact in facts]})
     return records
 
@@ -91,12 +91,13 @@ class SmallTokenizer(Tokenizer):
 
     def __init__(self):
         super().__init__()
-        texts = [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
-        for task, read, end in ("arc", read_arc, "\n\nAnswer: "), ("hotpotqa", read_hotpotqa, "\n\nAnswer:"):
-            context, question = read(standin_records(task, "train", 1, 0, 2)[0])[:2]
-            texts += ["\n\n".join(arrange(order, context, question)) + end
-                      for order in ("context_first", "question_first")]
-        used = {token for text in texts for token in Tokenizer.encode(self, text)}
+        self.number = {token: token for token in self.tokens}    # all of them, until the questions are seen
+        words = [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
+        used = {token for word in words for token in self.encode(word)}
+        for task in "arc", "hotpotqa":
+            record = standin_records(task, "train", 1, 0, 2)[0]
+            for order in "context_first", "question_first":
+                used.update(make_example(task, record, self, order=order, **LENGTHS).prompt)
         self.number = {token: number for number, token in enumerate(sorted(used), start=1)}
         self.tokens = {number: self.tokens[token] for token, number in self.number.items()}
         self.tokens[END_OF_DOCUMENT] = b""
@@ -106,8 +107,8 @@ class SmallTokenizer(Tokenizer):
         try:
             return [self.number[token] for token in super().encode(text)]
         except KeyError:
-            raise ValueError(f"{text!r}: the stand-in knows only names ({NAMES[0]}, {NAMES[1]}, …), verbs "
-                             f"({VERBS[0]}, {VERBS[1]}, …) and the words around them") from None
+            raise ValueError(f"{text!r}: the stand-in knows only names (Ann, Bob, …), verbs (runs, sings, …) and "
+                             "the words around them") from None
 
 
 small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
@@ -115,8 +116,7 @@ small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary ta
 
 def make_examples(task: str, split: str, n: int, seed, n_facts: int, order: str) -> list[Example]:
     records = standin_records(task, split, n, seed, n_facts)
-    rules = dict(order=order, max_prompt=MAX_PROMPT, max_answer=MAX_ANSWER)
-    return [make_example(task, record, small_tokenizer(), **rules) for record in records]
+    return [make_example(task, record, small_tokenizer(), order=order, **LENGTHS) for record in records]
 
 
 def facts_at(recipe: Round, step: int) -> int:
@@ -129,16 +129,16 @@ def training_examples(recipe: Round, seed: int) -> list[Example]:
     """A run's batches one after the other: fresh questions at every step, the same in both arms."""
     examples = []
     for step in range(recipe.steps):
-        rehearse = random.Random(f"{seed} {step}").random() < recipe.rehearsal
-        examples += make_examples(recipe.task, "train", recipe.batch_size, f"{seed} {step}",
-                                  facts_at(recipe, step), "question_first" if rehearse else recipe.order)
+        draw = f"{seed} {step}"
+        order = "question_first" if random.Random(draw).random() < recipe.rehearsal else recipe.order
+        examples += make_examples(recipe.task, "train", recipe.batch_size, draw, facts_at(recipe, step), order)
     return examples
 
 
 def validation_examples(recipe: Round) -> list[Example]:
     """The same for every seed, all with the most facts."""
-    return make_examples(recipe.task, "validation", recipe.n_val, recipe.validation_seed, recipe.facts,
-                         recipe.order)
+    n, seed = recipe.n_val, recipe.validation_seed
+    return make_examples(recipe.task, "validation", n, seed, recipe.facts, recipe.order)
 
 
 # ---- the base ----------------------------------------------------------------------------------------------
@@ -167,9 +167,8 @@ def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) 
     right = 0
     for i in range(0, len(examples), rows):
         prompt, lengths, answer, _ = collate(examples[i:i + rows], device)
-        hidden, _ = prefill(model, prompt, lengths)
-        last = hidden[torch.arange(len(prompt), device=device), lengths - 1]    # (B, C)
-        right += (model.head(last).argmax(dim=-1) == answer[:, 0]).sum().item()
+        logits, _ = answer_logits(model, None, prompt, lengths, answer)    # (B, 1, V)
+        right += (logits.argmax(dim=-1) == answer).sum().item()
     return right / len(examples)
 
 
@@ -209,15 +208,11 @@ def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progr
 
 
 def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -> None:
-    """Make the base that `recipe` starts from on the stand-in, and write it to `path`.
-
-    Raises ValueError if all attempts fail.
-    """
+    """Make the base that `recipe` starts from, and write it to `path`; ValueError if all attempts fail."""
     name = f"the base of the stand-in, {recipe.task} seed {seed}"
     for attempt in range(ATTEMPTS):
         model = fresh_model(recipe.channels, ATTEMPTS * seed + attempt).to(device)
         if learns(model, recipe.task, recipe.facts, f"base {seed} {attempt}", name, progress):
-            model.save(path)
-            return
+            return model.save(path)
         say(f"{name}: has not learned it in {2 * USUAL_STEPS[recipe.task]} steps; starting over, otherwise")
     raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
