@@ -333,8 +333,8 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
     Every epoch gives each example once, in an order drawn from (seed, epoch). Windows of 16 batches are
     sorted by prompt length, so that rows of like length are padded together, and the batches are then
-    shuffled again. The last batch drawn from an epoch's examples is smaller where batch_size does not divide
-    their number. Without `shuffle`, the examples come as they are, which is how the stand-in's get harder.
+    shuffled again; one is smaller where batch_size does not divide the number of examples. Without `shuffle`,
+    the examples come as they are, which is how the stand-in's get harder.
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, skip = divmod(start, per_epoch)
@@ -344,8 +344,8 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
         if shuffle:
             rng.shuffle(order)
             window = 16 * batch_size
-            windows = [order[i:i + window] for i in range(0, len(order), window)]
-            order = [j for part in windows for j in sorted(part, key=lambda j: len(examples[j].prompt))]
+            for i in range(0, len(order), window):
+                order[i:i + window] = sorted(order[i:i + window], key=lambda j: len(examples[j].prompt))
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         if shuffle:
             rng.shuffle(groups)
@@ -366,5 +366,5 @@ def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
     """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
-    prompts, answers = [example.prompt for example in examples], [example.answer for example in examples]
-    return (*pad(prompts, device), *pad(answers, device))
+    return (*pad([example.prompt for example in examples], device),
+            *pad([example.answer for example in examples], device))

@@ -54,7 +54,7 @@ class Progress:
     """How far a long piece of work is. What the work is counted in is the caller's to choose."""
 
     def __init__(self, total: float, left: str = "left"):
-        self.total, self.left = total, left    # of what: in words
+        self.total, self.left = total, left    # left: in words, what the time left is of
         self.done = self.first = 0.0
         self.started = self.shown = time.monotonic()
 
@@ -116,8 +116,11 @@ def write_run(folder: Path, run: dict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own a folder, made if need be, or raise ValueError; clear away what a killed owner left half written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Own a folder, made if need be, or raise ValueError; delete what a killed owner left half written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); use --runs DIR") from None
     with contextlib.ExitStack() as stack:
         if fcntl:
             handle = os.open(folder, os.O_RDONLY)
@@ -125,8 +128,8 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                words = "another process is at work here; let it finish, or use --runs DIR"
-                raise ValueError(f"{folder}: {words}") from None
+                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
+                                 "--runs DIR") from None
             except OSError:
                 pass    # some network disks have no locks
         for leftover in folder.glob("*/.*.????????"):
@@ -138,11 +141,11 @@ def clear(folder: Path, arms: list[str]) -> None:
     """Delete what arms left in a seed's folder. A link goes, never what it points to."""
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link, and --fresh follows none; delete what it points to by hand")
-    for arm in arms:
-        if (folder / arm).is_symlink():
-            (folder / arm).unlink()
-        elif (folder / arm).exists():
-            shutil.rmtree(folder / arm)
+    for path in [folder / arm for arm in arms]:
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 # ---- what a run is -----------------------------------------------------------------------------------------
@@ -223,20 +226,17 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
     """
     if identity["minutes"] is not None or folder.name != "no_fs":
         return False
-    temporary = folder.with_name(".no_fs.twincopy")
     for path in sorted(folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")):
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(ValueError, OSError):    # damaged, or being deleted: its round will complain
+        with (contextlib.suppress(ValueError, OSError),    # damaged, or being deleted: its round will complain
+              tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary):
             run = read_run(path)
             if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:
-                shutil.copytree(path, temporary)
-                scored = read_records(temporary / "records.jsonl")
-                if run["steps"] in scored and (temporary / "model.pth").exists():
-                    write_run(temporary, {**run, **identity, "copied_from": run["round"]})
-                    temporary.rename(folder)
+                copy = Path(shutil.copytree(path, Path(temporary, folder.name)))
+                if run["steps"] in read_records(copy / "records.jsonl") and (copy / "model.pth").exists():
+                    write_run(copy, {**run, **identity, "copied_from": run["round"]})
+                    copy.rename(folder)
                     say(f"{folder}: the same run as {path}, copied from there")
                     return True
-    shutil.rmtree(temporary, ignore_errors=True)
     return False
 
 
@@ -336,5 +336,4 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
         controls={control: [float(np.mean([scores[0] for scores in by_control[control].values()]))
                             for _, _, by_control in found.values()]
                   for control in controls if all(control in seed[2] for seed in found.values())},
-        run=first, notes=list(dict.fromkeys(notes)), damaged=damaged,
-    )
+        run=first, notes=list(dict.fromkeys(notes)), damaged=damaged)

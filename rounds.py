@@ -33,7 +33,6 @@ class Round:
     seeds: tuple[int, ...] = (0, 1, 2)    # the log's; a run's seed draws its batches
     primary: bool = False      # the one comparison of the study that was registered as its question
     base: str = "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
-
     max_prompt: int = 512      # longer prompts keep their last tokens
     min_prompt: int = 0        # shorter prompts are left out
     max_answer: int = 8        # longer answers keep their first tokens
@@ -76,7 +75,6 @@ class Round:
     facts_ramp: int = 180
     rehearsal: float = 0.25
     channels: int = 48
-
     log: dict | None = None    # LOG_KEYS: d_acc is prompt_fs minus no_fs by seed, std that of the population
 
     def settings(self) -> dict:
@@ -86,16 +84,15 @@ class Round:
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
         return {
-            "alpha": self.alpha_init, "train_alpha": self.alpha_lr > 0, "layer_start": self.fs_layer_start,
-            "norm": self.fs_norm, "detach": self.fs_detach, "clip": self.fs_clip, "scale": self.fs_scale,
-            "schedule": self.fs_alpha_schedule, "schedule_min": self.fs_alpha_min,
-            "schedule_max": self.fs_alpha_max, "gate": self.fs_gate,
+            "alpha": self.alpha_init, "train_alpha": self.alpha_lr > 0, "gate": self.fs_gate,
+            "layer_start": self.fs_layer_start, "norm": self.fs_norm, "detach": self.fs_detach,
+            "clip": self.fs_clip, "scale": self.fs_scale, "schedule": self.fs_alpha_schedule,
+            "schedule_min": self.fs_alpha_min, "schedule_max": self.fs_alpha_max,
         }
 
 
 # name -> type, of all that rounds.toml and --set may hold
-SETTINGS = {field.name: field.type for field in dataclasses.fields(Round)
-            if field.name not in ("name", "log")}
+SETTINGS = {name: kind for name, kind in Round.__annotations__.items() if name not in ("name", "log")}
 
 
 def checked(key: str, value, where: str):
@@ -103,46 +100,44 @@ def checked(key: str, value, where: str):
     if key not in SETTINGS:
         raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
     kind = SETTINGS[key]
-    if kind is float and type(value) is int and abs(value) < 1e38:
-        value = float(value)
-    is_seeds = key == "seeds" and type(value) is list and all(type(seed) is int for seed in value)
-    if type(value) is not kind and not is_seeds:
-        raise ValueError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r:.80}")
+    if kind is float and type(value) in (int, float) and abs(value) < 1e38:    # what fp32 can hold, no NaN
+        return float(value)
+    if key == "seeds" and type(value) is list and all(type(seed) is int for seed in value):
+        return tuple(value)
+    if kind is float or type(value) is not kind:
+        raise ValueError(f"{where}: {key} must be {kind.__name__}, not {value!r:.80}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-    if kind is float and not abs(value) < 1e38:    # what fp32 can hold
-        raise ValueError(f"{where}: {key} must be a number, not {value!r}")
     if kind is int and value < LEAST.get(key, 0):
         raise ValueError(f"{where}: {key} must be {LEAST.get(key, 0)} or more, not {value}")
-    return tuple(value) if is_seeds else value
+    return value
 
 
 def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[str, Round]]:
     """Every round of a rounds file by name, as it runs on real records and as it runs on the stand-in.
 
-    A round that `inherits` starts from the settings of a round above it; its log is its own. On the stand-in
-    the settings of [standin] and of [standin.TASK] are laid over it.
-    Raises OSError, or ValueError in one line: no TOML, an unknown key, a wrong type.
+    A round that `inherits` starts from the settings of a round above it; `log` and `primary` are its own. On
+    the stand-in the settings of [standin] and [standin.TASK] are laid over it. ValueError for a wrong file.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     standin = tables.pop("standin", {})
-    rounds, miniatures, settings = {}, {}, {}
+    rounds, miniatures = {}, {}
     for name, table in tables.items():
         where = f"{path}, [{name}]"
         if not isinstance(table, dict):
             raise ValueError(f"{where}: {table!r} is not a round")
         parent, log = table.pop("inherits", None), table.pop("log", None)
-        if parent is not None and parent not in settings:
+        if parent is not None and parent not in rounds:
             raise ValueError(f"{where}: inherits = {parent!r}: no round above has this name")
         if log is not None and tuple(log) != LOG_KEYS:
             raise ValueError(f"{where}: log must hold {', '.join(LOG_KEYS)}, in this order")
-        own = {key: checked(key, value, where) for key, value in table.items()}
-        settings[name] = {**settings.get(parent, {}), "primary": False, **own}
+        own = {"name": name, "log": log, "primary": False}
+        own |= {key: checked(key, value, where) for key, value in table.items()}
         try:
-            rounds[name] = Round(name=name, log=log, **settings[name])
+            rounds[name] = dataclasses.replace(rounds[parent], **own) if parent else Round(**own)
         except TypeError as error:    # a setting without a default is missing
             raise ValueError(f"{where}: {error}") from error
         overlay = {**standin, **standin.get(rounds[name].task, {})}
@@ -156,11 +151,11 @@ def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
     """Names as they are in rounds.toml, from names as people write them: r8 is R8, and R9 is R9a and R9b."""
     expanded = []
     for wanted in names:
-        found = [name for name in rounds if re.fullmatch(f"{re.escape(wanted)}[a-z]?", name, re.IGNORECASE)]
-        if not found:
+        whole = [name for name in rounds if name.lower() == wanted.lower()]
+        parts = [name for name in rounds if name[-1].islower() and name[:-1].lower() == wanted.lower()]
+        if not whole + parts:
             raise ValueError(f"no round is called {wanted!r}; the rounds are {', '.join(rounds)}")
-        exact = [name for name in found if name.lower() == wanted.lower()]
-        expanded += exact or found
+        expanded += whole or parts
     return list(dict.fromkeys(expanded))
 
 

@@ -60,7 +60,7 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     if not 2 <= n_facts <= most:
         raise ValueError(f"facts = {n_facts}: questions of the stand-in have 2 to {most}; --real has records")
     rng = random.Random(f"{task} {split} {seed}")
-    records: list[dict] = []
+    records = []
     while len(records) < n:
         names = rng.sample(NAMES, n_facts)
         asked = rng.randrange(n_facts)
@@ -107,8 +107,8 @@ class SmallTokenizer(Tokenizer):
         try:
             return [self.number[token] for token in super().encode(text)]
         except KeyError:
-            raise ValueError(f"{text!r}: the stand-in knows only names (Ann, Bob, …), verbs (runs, sings, …) and "
-                             "the words around them") from None
+            raise ValueError(f"{text!r}: the stand-in knows only names (Ann, Bob, …), verbs (runs, sings, …) "
+                             "and the words around them") from None
 
 
 small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
@@ -129,9 +129,9 @@ def training_examples(recipe: Round, seed: int) -> list[Example]:
     """A run's batches one after the other: fresh questions at every step, the same in both arms."""
     examples = []
     for step in range(recipe.steps):
-        draw = f"{seed} {step}"
+        draw, facts = f"{seed} {step}", facts_at(recipe, step)
         order = "question_first" if random.Random(draw).random() < recipe.rehearsal else recipe.order
-        examples += make_examples(recipe.task, "train", recipe.batch_size, draw, facts_at(recipe, step), order)
+        examples += make_examples(recipe.task, "train", recipe.batch_size, draw, facts, order)
     return examples
 
 

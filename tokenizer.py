@@ -22,7 +22,7 @@ MATCH = -1       # the key of a trie node's longest match; its other keys are by
 
 
 def read_vocabulary(path):
-    """The published file as {id: bytes}, ids 1 .. 65529. FileNotFoundError, or ValueError for another file."""
+    """The published file as {id: bytes}, ids 1 .. 65529. FileNotFoundError; ValueError for another file."""
     restore = f"restore it with: git checkout -- {path.name}"
     try:
         raw = path.read_bytes().replace(b"\r\n", b"\n")    # git on Windows may have changed the line ends
