@@ -113,10 +113,9 @@ def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
         title, sentences = paragraph
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"a sentence of the paragraph {title!r} is not a str")
-        if clean(title):
-            pieces.append(clean(title) + ":")
-        pieces.append(" ".join(clean(sentence) for sentence in sentences if clean(sentence)))
-    context = "\n\n".join(piece for piece in pieces if piece)
+        pieces.append(clean(title) and clean(title) + ":")
+        pieces.append(" ".join(filter(None, map(clean, sentences))))
+    context = "\n\n".join(filter(None, pieces))
     if not question or not answer or not context:
         return None
     return f"Context:\n{context}", f"Question:\n{question}", answer, None
@@ -127,8 +126,7 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     """One official record as an Example, or None where the log's rules leave it out.
 
     Args: order, see `arrange`; lengths in tokens. Prompts keep their last max_prompt tokens, those shorter
-    than min_prompt are left out, answers keep their first max_answer tokens.
-    Raises ValueError for a malformed record.
+    than min_prompt are left out, answers keep their first max_answer tokens. ValueError if malformed.
     """
     parts = read_arc(record) if task == "arc" else read_hotpotqa(record)
     if parts is None:
@@ -265,14 +263,14 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps([vars(example) for example in examples]).encode()).hexdigest()
 
 
-def draw(task: str, split: str, path: Path, tokenizer: Tokenizer, n: int | None, seed: int,
-         rules: dict) -> list[Example]:
+def draw(task: str, split: str, path: Path, n: int | None, seed: int, rules: dict) -> list[Example]:
     """The first n of the file's records, shuffled as in the log, that qualify under make_example's rules."""
     if path.stat().st_size > 100e6:
         say(f"reading {path.name}, once: up to a minute")
     records, published = read_records(path), FILES[task, split][1]
     if len(records) != published:
         say(f"note: {path} holds {len(records):,} records; the published file holds {published:,}")
+    tokenizer = Tokenizer()
     indices = list(range(len(records)))
     random.Random(seed).shuffle(indices)
     examples = []
@@ -316,7 +314,7 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
             return examples
     except (OSError, ValueError, TypeError, RecursionError):
         pass    # not there yet, or damaged
-    examples = draw(task, split, path, Tokenizer(), n, seed, rules)
+    examples = draw(task, split, path, n, seed, rules)
     try:
         with atomic_write(cache, "w") as file:
             json.dump([fingerprint(examples), [vars(example) for example in examples]], file)

@@ -227,7 +227,7 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
     if identity["minutes"] is not None or folder.name != "no_fs":
         return False
     for path in sorted(folder.parents[2].glob(f"*/{folder.parent.name}/no_fs")):
-        with (contextlib.suppress(ValueError, OSError),    # damaged, or being deleted: its round will complain
+        with (contextlib.suppress(ValueError, OSError),    # damaged or being deleted: its round complains
               tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary):
             run = read_run(path)
             if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:

@@ -213,6 +213,7 @@ def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -
     for attempt in range(ATTEMPTS):
         model = fresh_model(recipe.channels, ATTEMPTS * seed + attempt).to(device)
         if learns(model, recipe.task, recipe.facts, f"base {seed} {attempt}", name, progress):
-            return model.save(path)
+            model.save(path)
+            return
         say(f"{name}: has not learned it in {2 * USUAL_STEPS[recipe.task]} steps; starting over, otherwise")
     raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
