@@ -134,15 +134,20 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     context, question, answer, labels = parts
     # the log's ARC prompt ends in a space and the answer has none; with HotpotQA it is the other way round
     end, space = ("\n\nAnswer: ", "") if task == "arc" else ("\n\nAnswer:", " ")
+
+    def encoded(blocks: list[str]) -> list[int]:
+        return tokenizer.encode("\n\n".join(blocks) + end)
+
     blocks = arrange(order, context, question)
-    prompt_tokens = tokenizer.encode("\n\n".join(blocks) + end)[-max_prompt:]
-    if len(prompt_tokens) < min_prompt:
+    prompt = encoded(blocks)[-max_prompt:]
+    # what says a thing twice is measured as if it did not, so that all orders have the same records
+    if len(prompt if len(blocks) == 2 else encoded([context, question])) < min_prompt:
         return None
-    tail = len(tokenizer.encode("\n\n".join(blocks[1:]) + end))
+    tail = min(len(encoded(blocks[1:])), len(prompt))
     choices = {label: tokenizer.encode(label)[0] for label in labels} if labels else None
     id = field(record, "id" if task == "arc" else "_id", str)
     answer_tokens = tokenizer.encode(space + answer)[:max_answer]
-    return Example(id, prompt_tokens, answer_tokens, answer, choices, min(tail, len(prompt_tokens)))
+    return Example(id, prompt, answer_tokens, answer, choices, tail)
 
 
 # ---- files of records --------------------------------------------------------------------------------------

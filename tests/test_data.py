@@ -93,6 +93,9 @@ def test_length_rules():
     assert made(min_prompt=len(whole.prompt)) == whole
     assert made(min_prompt=len(whole.prompt) + 1) is None
     assert made(max_prompt=7, min_prompt=8) is None    # the minimum is asked of the cut prompt, as in the log
+    for order in ("both_ends", "twice"):    # or they would be asked of other records
+        assert made(order=order, min_prompt=len(whole.prompt) + 1) is None
+        assert len(made(order=order, min_prompt=len(whole.prompt)).prompt) > len(whole.prompt)
 
 
 @pytest.mark.parametrize("task, changes, outcome", [
