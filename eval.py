@@ -30,8 +30,7 @@ import numpy as np
 import torch
 
 from data import Example, collate, pad
-from files import (ARMS, METRICS, Runs, atomic_write, complain, damage_told, read_round, read_run,
-                   seeds_on_disk)
+from files import ARMS, METRICS, atomic_write, complain, damage_told, read_round, read_run, seeds_on_disk
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, read_tensors
 from rounds import Round, expand, load_rounds, seeds_of
@@ -91,15 +90,11 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
     Args: model, on `device`; fs, Future-Seed while prompts are read, or None; batch_size, examples at once;
         step and control, one of CONTROLS, written into the records; tick, called after every batch with how
         many examples are done and how many of them in this batch. On a GPU products are in bf16.
-    Returns: dicts with step, id, loss (first answer token's negative log likelihood plus the mean of the
-        others', nats), tokens, correct (argmax right under teacher forcing), exact and f1 (ARC: the likeliest
-        of the question's own labels is the gold one; HotpotQA: of the greedy text), option (ARC, else None),
-        gold, text (decoded greedily).
+    Returns: dicts with step, id, tokens of the answer, correct (of these), loss (nats), exact and f1 (EM and
+        F1), all as above; option (ARC: the likeliest label, else None); gold; text (decoded greedily).
     """
     device = torch.device(device)
     kind = {"step": step} if control is None else {"step": step, "control": control}
-    if control == "off":
-        fs = None
     seed_prompts = seed_prompts_of(control, examples)
     # neighbours of equal length waste no time on padding; the longest go first: memory fails early or never
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].prompt))
@@ -108,7 +103,7 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
         places = order[done:done + batch_size]
         batch = [examples[place] for place in places]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            seed = fs
+            seed = None if control == "off" else fs
             if seed_prompts:
                 seed = borrowed(model, fs, *pad([seed_prompts[place] for place in places], device))
             scored = score_batch(model, batch, seed, device, tokenizer)
@@ -120,15 +115,8 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
 
 def means_of(records: list[dict]) -> dict[str, float]:
     """Means over the records of one evaluation, by metric."""
-    rows = [(record["correct"] / record["tokens"], record["loss"], record["exact"], record["f1"])
-            for record in records]
+    rows = [(r["correct"] / r["tokens"], r["loss"], r["exact"], r["f1"]) for r in records]
     return dict(zip(METRICS, np.mean(rows, axis=0).tolist()))
-
-
-def words_of(means: dict[str, float], task: str) -> str:
-    exact = f"option accuracy {means['EM']:.4f}" if task == "arc" else f"exact match {means['EM']:.4f}"
-    f1 = f", F1 {means['F1']:.4f}" if task == "hotpotqa" else ""
-    return f"loss {means['loss']:.4f}, token accuracy {means['acc']:.4f}, {exact}{f1}"
 
 
 def words_in(tokens: list[int], tokenizer) -> str:
@@ -150,8 +138,7 @@ def f1_score(answer: str, gold: str) -> float:
     common = sum((Counter(answer.split()) & Counter(gold.split())).values())
     if common == 0:
         return 0.0
-    precision = common / len(answer.split())
-    recall = common / len(gold.split())
+    precision, recall = common / len(answer.split()), common / len(gold.split())
     return 2 * precision * recall / (precision + recall)
 
 
@@ -164,40 +151,40 @@ def labels_of(run: dict, recipe: Round) -> list[str]:
         labels.append("ON THE STAND-IN, made-up questions and a tiny base: not comparable with the log")
     elif run["base"].get("name") != recipe.base:
         labels.append(f"ANOTHER BASE, {run['base'].get('name')}: not comparable with the log")
-    if run.get("minutes") is not None:
+    if run["minutes"] is not None:
         labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
     changed = [f"{key}={run['settings'].get(key)}" for key, value in recipe.settings().items()
                if run["settings"].get(key) != value]
-    return labels + [f"settings changed from the round's: {', '.join(changed)}"] * bool(changed)
+    if changed:
+        labels.append(f"settings changed from the round's: {', '.join(changed)}")
+    return labels
 
 
-def analyse(runs: Runs, recipe: Round) -> dict:
-    """All numbers of the report on one round, as plain JSON values. `recipe` is the round as published."""
+def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
+    """All numbers of the report on a round's folder, as plain JSON values. Raises as files.read_round."""
+    runs = read_round(folder, seeds)
+    real, miniatures = load_rounds()
+    recipe = (miniatures if runs.run["standin"] else real)[folder.name]    # as published
     x = runs.scores[:, 1] - runs.scores[:, 0]         # (S, n, M)
-    S, n, _ = x.shape
     means = runs.scores.mean(axis=2)                  # (S, 2, M)
     deltas = x.mean(axis=1)                           # (S, M)
     low, high = bootstrap_interval(x.swapaxes(0, 1))  # (S, M) each
-    per_seed = []
-    for s, seed in enumerate(runs.seeds):
-        line = {"seed": seed, "steps": runs.steps[s]}
+    columns = {"no_fs": means[:, 0], "prompt_fs": means[:, 1], "d": deltas, "low": low, "high": high}
+    per_seed = [{"seed": seed, "steps": steps} for seed, steps in zip(runs.seeds, runs.steps)]
+    for s, line in enumerate(per_seed):
         for m, metric in enumerate(METRICS):
-            line[metric] = dict(zip(("no_fs", "prompt_fs", "d", "low", "high"), map(float, (
-                means[s, 0, m], means[s, 1, m], deltas[s, m], low[s, m], high[s, m]))))
-        per_seed.append(line)
+            line[metric] = {name: float(column[s, m]) for name, column in columns.items()}
     verdict, *typical = judge(x[..., 0])
     learned = means[..., 0] > JUMP                    # (S, 2)
-    settings = runs.run["settings"]
     return {
         "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": recipe.primary,
-        "standin": runs.run["standin"], "seeds": runs.seeds, "examples": n,
-        "labels": labels_of(runs.run, recipe), "notes": runs.notes + runs.damaged,
-        "settings": settings,
-        "chance": chance(recipe.task, settings["facts"]) if runs.run["standin"] else None, "per_seed": per_seed,
-        "over_seeds": {metric: {"mean": float(deltas[:, m].mean()), "std": float(deltas[:, m].std()),
-                                "signs": signs(deltas[:, m])} for m, metric in enumerate(METRICS)},
+        "standin": runs.run["standin"], "seeds": runs.seeds, "examples": x.shape[1],
+        "labels": labels_of(runs.run, recipe), "notes": runs.notes, "damaged": runs.damaged,
+        "settings": runs.run["settings"], "per_seed": per_seed,
+        "over_seeds": {metric: {"mean": float(d.mean()), "std": float(d.std()), "signs": signs(d)}
+                       for metric, d in zip(METRICS, deltas.T)},
         "verdict": verdict, "median": float(np.median(deltas[:, 0])),
-        "interval": typical if S >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
+        "interval": typical if len(x) >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
         "gain": [float(number) for number in chance_to_gain(deltas[:, 0])],
         "jumped": learned.sum(axis=0).tolist(), "p_jumped": float(mcnemar(learned[:, 0], learned[:, 1])),
         "controls": runs.controls, "log": log_numbers(recipe) if recipe.log else None,
@@ -215,65 +202,57 @@ def log_numbers(recipe: Round) -> dict:
 
 # ---- say ---------------------------------------------------------------------------------------------------
 
-def span(low: float, high: float) -> str:
-    return f"[{low:+.4f}, {high:+.4f}]"
-
-
 def text_of_round(result: dict, p_in_words: str) -> str:
     """One round's report for a terminal."""
     S = len(result["seeds"])
     length = "" if result["standin"] else f", L={result['settings']['max_prompt']}"
     lines = [f"{result['round']}: {result['title']}{length}; {S} seed{'s' * (S > 1)} on {result['examples']} "
-             "questions", *result["labels"], *result["notes"],
+             "questions", *result["labels"], *result["notes"], *result["damaged"],
              "metric seed     step    no_fs  prompt_fs        d  95% interval, over questions"]
     # the stand-in's answers, a token each, have nothing but accuracy and loss; ARC's F1 is its EM
     shown = METRICS[:2] if result["standin"] else METRICS[:3] if result["task"] == "arc" else METRICS
     for metric in shown:
         for line in result["per_seed"]:
-            value, steps = line[metric], "/".join(map(str, dict.fromkeys(line["steps"])))
-            lines.append(f"{metric:<6} {line['seed']:<5} {steps:>7} {value['no_fs']:>8.4f} "
-                         f"{value['prompt_fs']:>10.4f}  {value['d']:+.4f}  "
-                         f"{span(value['low'], value['high'])}")
-        over = result["over_seeds"][metric]
+            steps = "/".join(map(str, dict.fromkeys(line["steps"])))
+            without, with_fs, d, low, high = line[metric].values()
+            lines.append(f"{metric:<6} {line['seed']:<5} {steps:>7} {without:>8.4f} {with_fs:>10.4f}  "
+                         f"{d:+.4f}  [{low:+.4f}, {high:+.4f}]")
         if S > 1:
-            lines.append(f"{metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) "
-                         f"{over['signs']}")
+            mean, std, counts = result["over_seeds"][metric].values()
+            lines.append(f"{metric:<6} mean {mean:+.4f}, std {std:.4f}, sign(+/0/-) {counts}")
     if S >= MIN_SEEDS:
-        share, low, high = result["gain"]
-        lines += [f"d_acc of the typical seed: median {result['median']:+.4f} {span(*result['interval'])}; "
+        low, high = result["interval"]
+        share, least, most = result["gain"]
+        lines += [f"d_acc of the typical seed: median {result['median']:+.4f} [{low:+.4f}, {high:+.4f}]; "
                   f"sign test over seeds {p_in_words}",
-                  f"a seed gains with probability {share:.2f} [{low:.2f}, {high:.2f}]",
-                  f"verdict on d_acc: {result['verdict']}"]
-    else:
-        lines.append(f"verdict on d_acc: {result['verdict']}, with {S} of the {MIN_SEEDS} seeds it takes")
+                  f"a seed gains with probability {share:.2f} [{least:.2f}, {most:.2f}]"]
+    few = "" if S >= MIN_SEEDS else f", with {S} of the {MIN_SEEDS} seeds it takes"
+    lines.append(f"verdict on d_acc: {result['verdict']}{few}")
     if result["standin"]:
         without, with_fs = result["jumped"]
         lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {without} of {S}, prompt_fs "
                      f"{with_fs} of {S}; exact paired p {result['p_jumped']:.3f}")
     for control, values in result["controls"].items():
-        lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: "
-                     + " ".join(f"{value:.4f}" for value in values))
+        numbers = " ".join(f"{value:.4f}" for value in values)
+        lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: {numbers}")
     log = result["log"]
     if log:
         real = " (on real records)" if result["standin"] else ""
-        lines.append(f"the log{real}: d_acc {' '.join(f'{delta:+.4f}' for delta in log['d_acc'])}, mean "
-                     f"{log['mean']:+.4f}, std {log['std']:.4f}, \"{log['status']}\"; by our rule "
-                     f"{log['verdict']}")
+        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
+        lines.append(f"the log{real}: d_acc {deltas}, mean {log['mean']:+.4f}, std {log['std']:.4f}, "
+                     f"\"{log['status']}\"; by our rule {log['verdict']}")
     return "\n  ".join(lines) + "\n"
 
 
 def text_of(results: list[dict]) -> str:
-    """The reports of several rounds. One comparison was registered as the study's question; the p-values of
-    the others are those of one family of tests."""
+    """The reports of several rounds. One was registered as the study's question; the others are a family."""
     family = [result for result in results if not result["primary"] and len(result["seeds"]) >= MIN_SEEDS]
-    corrected = dict(zip([id(result) for result in family], holm([result["p"] for result in family])))
+    kind = f"(Holm, {len(family)} rounds)" if len(family) > 1 else "(exploratory)"
+    corrected = iter(holm([result["p"] for result in family]))
     texts = []
     for result in results:
-        kind = f"(Holm, {len(family)} rounds)" if len(family) > 1 else "(exploratory)"
-        p = corrected.get(id(result), 1.0)
-        if result["primary"]:
-            p, kind = result["p"], "(registered)"
-        texts.append(text_of_round(result, f"p {p:.4f} {kind}"))
+        words = f"p {next(corrected):.4f} {kind}" if result in family else f"p {result['p']:.4f} (registered)"
+        texts.append(text_of_round(result, words))
     return "\n".join(texts)
 
 
@@ -289,11 +268,11 @@ def text_of_log(rounds: list[Round]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(recipe: Round, folder: Path) -> tuple[dict, str]:
+def report(folder: Path) -> tuple[dict, str]:
     """The report on the finished seeds in a round's folder, also written beside it under the log's name."""
-    name = recipe.log["summary"] if recipe.log else f"_summary_{recipe.name}.txt"
-    result = analyse(read_round(folder), recipe)
+    result = analyse(folder)
     text = text_of([result])
+    name = result["log"]["summary"] if result["log"] else f"_summary_{folder.name}.txt"
     with atomic_write(folder.with_name(name), "w") as file:
         file.write(text)
     return result, text
@@ -301,15 +280,15 @@ def report(recipe: Round, folder: Path) -> tuple[dict, str]:
 
 def explain(result: dict, seed: int, validation: list[Example], tokenizer, folder: Path) -> str:
     """A seed on the stand-in in plain words: what was asked, what came out, what that does not say."""
-    s = result["seeds"].index(seed)
-    acc, off, settings = result["per_seed"][s]["acc"], result["controls"]["off"][s], result["settings"]
+    s, settings = result["seeds"].index(seed), result["settings"]
+    acc, off = result["per_seed"][s]["acc"], result["controls"]["off"][s]
     answers = []
     for arm in ARMS:
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
         answers.append([json.loads(line)["text"].strip() for line in lines])
     differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
     lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact "
-             f"picked at random is right {result['chance']:.0%} of the time.",
+             f"picked at random is right {chance(result['task'], settings['facts']):.0%} of the time.",
              f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it "
              f"{acc['prompt_fs']:.0%}.",
              f"The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
@@ -329,14 +308,14 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
     prompt = tokenizer.decode(validation[0].prompt).replace("\n", "\\n")
     lines += ["One seed decides nothing, for another may learn what this one missed. A verdict needs "
               f"{MIN_SEEDS}: --seeds 0-{MIN_SEEDS - 1}",
-              f"To ask it yourself: python eval.py --checkpoint {folder}/prompt_fs/model.pth --ask "
+              f"To ask it yourself: python eval.py --checkpoint {folder / 'prompt_fs/model.pth'} --ask "
               f"$'{prompt}'"]
     return "\n  ".join(lines)
 
 
 # ---- ask ---------------------------------------------------------------------------------------------------
 
-def ask(checkpoint: Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) -> str:
+def ask(checkpoint: Path, text: str, max_new=24, temperature=0.0, top_p=1.0) -> str:
     """A trained model's answer: its next tokens after the prompt, up to the end of the line.
 
     Args: checkpoint, an official-format file; the run.json and fs.pth that a run leaves beside it decide on
@@ -356,8 +335,8 @@ def ask(checkpoint: Path, text: str, *, max_new=24, temperature=0.0, top_p=1.0) 
     if own.exists():
         with damage_told(own):
             run = read_run(checkpoint.absolute().parent)
-            recipe = Round(run["round"], "", **run["settings"])
-            fs = FutureSeed(model.config, **recipe.fs_settings()).to(device)
+            settings = Round(run["round"], "", **run["settings"]).fs_settings()
+            fs = FutureSeed(model.config, **settings).to(device)
             fs.load_state_dict(read_tensors(own)[0])
     tokens, lengths = pad([tokenizer.encode(prompt)], device)
     if tokens.max() >= model.config.vocab_size:
@@ -406,19 +385,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def print_reports(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
-    real, miniatures = load_rounds()
+    real = load_rounds()[0]
     folders = [args.runs] if args.runs else [Path("runs"), Path("runs/standin")]
     found = [folder / name for name in (real if args.all else expand(args.rounds, real)) for folder in folders
              if seeds_on_disk(folder / name)]
     if not found:
-        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; run train.py, or name "
-                                "--runs DIR")
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; see train.py, or --runs")
     results, troubles = [], []
     for folder in found:
         try:
-            runs = read_round(folder, args.seeds and seeds_of(args.seeds))
-            results.append(analyse(runs, (miniatures if runs.run["standin"] else real)[folder.name]))
-            troubles += runs.damaged
+            results.append(analyse(folder, args.seeds and seeds_of(args.seeds)))
+            troubles += results[-1]["damaged"]
         except (ValueError, OSError) as error:
             troubles.append(error)
     print(json.dumps({"rounds": results}, indent=1) if args.json else text_of(results))
@@ -432,8 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.ask is not None:
-            print(ask(args.checkpoint, args.ask, max_new=args.max_new, temperature=args.temperature,
-                      top_p=args.top_p))
+            print(ask(args.checkpoint, args.ask, args.max_new, args.temperature, args.top_p))
         elif args.log:
             rounds = load_rounds()[0]
             names = expand(args.rounds, rounds) if args.rounds else rounds

@@ -2,10 +2,9 @@
 
     python train.py --round R8 --seed 1
 
-Both arms start from the same weights and take the same batches for the same number of steps. All that decides
-the numbers is a function of (base, settings, seed, step): batches are drawn by step, there is no dropout, and
-the arms differ in nothing but fs.py's seed states. So a checkpoint is weights, optimiser and step; the same
-command goes on from it, and on a CPU it ends with the same bits.
+Both arms start from the same weights and take the same batches for the same number of steps. They differ in
+nothing but fs.py's seed states. Batches are drawn by step, and there is no dropout. So weights, optimiser and
+step make a checkpoint; the same command goes on from it, and on a CPU it ends with the same bits.
 
 A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm in its no_fs or prompt_fs:
 
@@ -16,7 +15,6 @@ A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm i
     checkpoint.pt    while it runs: all that is needed to go on
     model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
 
-Read from top to bottom: what was asked, what it takes, one arm, the verdict.
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
 
@@ -34,13 +32,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
-from eval import CONTROLS, explain, means_of, report, score, words_of
-from files import (ARMS, Progress, clear, complain, copy_twin, duration, in_words, locked, read_run,
-                   read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_lines, write_run)
+from eval import CONTROLS, explain, means_of, report, score
+from files import (ARMS, Progress, clear, complain, copy_twin, damage_told, duration, in_words, locked,
+                   read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_lines,
+                   write_run)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -61,8 +59,6 @@ EXAMPLES = """examples:
   python train.py --list                            the rounds, their recipes, what is on disk
   python train.py --round R8 --seed 1               both arms; without a GPU in miniature, in minutes
   python train.py --round R8 --seed 1 --real        the real thing, whatever it takes
-  python train.py --round R9 --seeds 0-4            both parts of R9, five seeds each
-  python train.py --round R2 --base my.pth --set lr=1e-4 steps=500
   python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
   torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     processes share rounds and seeds
 """
@@ -75,14 +71,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
     option("--list", action="store_true", help="show the rounds and what is on disk, and stop")
-    option("--seed", "--seeds", dest="seeds", metavar="N",
-           help="draws the batches; several as 0-9 or 0,3,5; default: the log's seeds of the round")
+    option("--seed", "--seeds", dest="seeds", metavar="N", help="one, or 0-9 or 0,3,5; default: the log's")
     option("--arm", choices=(*ARMS, "both"), default="both")
-    option("--base", metavar="PATH|init|init:L12-D64",
-           help="an official .pth, or fresh weights; default: the round's own, from the assets folder")
-    option("--assets", type=Path, default=Path("assets"), metavar="DIR",
-           help="where data and base are, or are downloaded to (default: assets)")
-    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    option("--base", metavar="PATH|init|init:L12-D64", help="a .pth, or fresh; default: the round's own")
+    option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of data and bases (assets)")
+    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
     option("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
            help="change settings of the round, see --list")
     option("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -144,12 +137,10 @@ class Job:
 
     def identity(self, arm: str) -> dict:
         """What a run is. Where any of it differs it is another run."""
-        return {
-            "round": self.recipe.name, "seed": self.seed, "arm": arm, "standin": self.standin,
-            "settings": self.recipe.settings(), "minutes": self.minutes,
-            "base": {"name": self.base_name, "sha256": self.base.sha256},
-            "data": {"train": fingerprint(self.train), "validation": fingerprint(self.validation)},
-        }
+        return {"round": self.recipe.name, "seed": self.seed, "arm": arm, "standin": self.standin,
+                "settings": self.recipe.settings(), "minutes": self.minutes,
+                "base": {"name": self.base_name, "sha256": self.base.sha256},
+                "data": {"train": fingerprint(self.train), "validation": fingerprint(self.validation)}}
 
     def surroundings(self) -> dict:
         """What a run should not depend on, but for its last bits."""
@@ -177,17 +168,16 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
 
 def real_material(recipe: Round, args: argparse.Namespace) -> dict:
     """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that is missing."""
-    def examples(split: str, n: int, seed: int) -> list[Example]:
-        return load_examples(recipe.task, split, order=recipe.order, max_prompt=recipe.max_prompt,
-                             min_prompt=recipe.min_prompt, max_answer=recipe.max_answer, n=n, seed=seed,
-                             assets=args.assets, offline=args.offline)
-
-    found, missing = [], []
-    for load in (
-        lambda: examples("train", recipe.n_train, recipe.data_seed),
-        lambda: examples("validation", recipe.n_val, recipe.validation_seed),
+    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
+                 max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
+    loads = (
+        lambda: load_examples(recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules),
+        lambda: load_examples(recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
+                              **rules),
         lambda: find_base(args.base, recipe, args.assets, args.offline),
-    ):
+    )
+    found, missing = [], []
+    for load in loads:
         try:
             found.append(load())
         except FileNotFoundError as error:
@@ -198,10 +188,9 @@ def real_material(recipe: Round, args: argparse.Namespace) -> dict:
     largest = max(max(example.prompt + example.answer) for example in train + validation)
     if largest >= base.config.vocab_size:
         raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, but the examples hold "
-                         f"token {largest}: it needs a base with the RWKV World vocabulary of 65536")
+                         f"token {largest}; use a base with the RWKV World vocabulary")
     if recipe.fs_layer_start >= base.config.n_layer:
-        say(f"note: {name} has {base.config.n_layer} layers and fs_layer_start is {recipe.fs_layer_start}: "
-            "nothing is seeded, and both arms are the same")
+        say(f"note: {name} has no layer {recipe.fs_layer_start}, fs_layer_start: nothing is seeded")
     return dict(train=train, validation=validation, base=base, base_name=name, tokenizer=Tokenizer())
 
 
@@ -230,8 +219,11 @@ def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) 
         lines += [f"ON THE STAND-IN, in miniature: {reason}",
                   f"made-up questions of {recipe.facts} facts, and a tiny base that is trained here first"]
     if args.device == "cpu" and args.base is None:
-        hours = duration(3600 * real_hours(real, args.arms))
-        lines.append(f"the real round takes about {hours} a seed on a CPU{'; --real runs it' * bool(reason)}")
+        # real prompts are 1.2 to 1.4 times min_prompt on average, and ARC's a seventh of max_prompt; the 0.1b
+        # model multiplies 91 million weights with every token; one AMD EPYC core manages 55 GFLOP/s
+        filled = max(1.25 * real.min_prompt / real.max_prompt, 1 / 7)
+        taken = duration(work_of(real, args.arms) * filled * 2 * 91e6 / 55e9)
+        lines.append(f"the real round takes about {taken} a seed on a CPU{'; --real runs it' * bool(reason)}")
     budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
     lines += [f"to do: {' and '.join(args.arms)}, {budget} of {recipe.batch_size} questions each, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
@@ -239,31 +231,17 @@ def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) 
     say("\n  ".join(lines))
 
 
-def real_hours(recipe: Round, arms: list[str]) -> float:
-    """About how long a real seed takes on a CPU: a rule from one AMD EPYC core, where 55 GFLOP/s come out.
-
-    Real prompts are 1.2 to 1.4 times min_prompt on average, and ARC's a seventh of max_prompt. The 0.1b model
-    multiplies 91 million weights with every token.
-    """
-    filled = max(1.25 * recipe.min_prompt / recipe.max_prompt, 1 / 7)
-    return work_of(recipe, arms) * filled * 2 * 91e6 / 55e9 / 3600
-
-
 # ---- one arm -----------------------------------------------------------------------------------------------
 
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM. Its argument is the signal's number. No error, and not to be caught as one."""
-
-
 class Interrupt:
-    """Handles Ctrl-C and SIGTERM: at once, or, while `patient`, when the step at hand is done and saved."""
+    """Makes a KeyboardInterrupt of Ctrl-C and SIGTERM: at once or, while `patient`, when a step is saved."""
 
     patient = False
     requested = 0
 
     def __call__(self, number, frame) -> None:
         if self.requested or not self.patient:
-            raise Stopped(number)
+            raise KeyboardInterrupt(number)
         self.requested = number
         say("finishing this step, then saving; once more to stop at once")
 
@@ -283,19 +261,14 @@ def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.
     """AdamW: weight decay on the matrices only, and Future-Seed's parameters at rates of their own."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = name.endswith(".weight") and parameter.ndim == 2
-            (matrices if is_matrix else others).append(parameter)
-    groups = [
-        {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-        {"params": others, "lr": recipe.lr, "weight_decay": 0.0},
-    ]
+        is_matrix = name.endswith(".weight") and parameter.ndim == 2
+        (matrices if is_matrix else others).append(parameter)
+    # train_step sets the rates, which may have to rise to these first
+    groups = [{"params": matrices, "full_lr": recipe.lr, "weight_decay": recipe.weight_decay},
+              {"params": others, "full_lr": recipe.lr, "weight_decay": 0.0}]
     for name, parameter in fs.named_parameters() if fs is not None else ():
-        if parameter.requires_grad:
-            lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
-            groups.append({"params": [parameter], "lr": lr, "weight_decay": 0.0})
-    for group in groups:
-        group["full_lr"] = group["lr"]
+        full_lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
+        groups.append({"params": [parameter], "full_lr": full_lr, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
 
 
@@ -314,7 +287,6 @@ class Arm:
             self.fs = FutureSeed(job.base.config, **job.recipe.fs_settings()).to(job.device)
         self.optimizer = make_optimizer(self.model, self.fs, job.recipe)
         self.ledger = Ledger()
-        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []    # step, losses not yet read, ids
 
     def train_step(self, batch: list[Example]) -> None:
         """One optimiser step on the batch's mean loss, in pieces of micro_batch_size rows."""
@@ -332,29 +304,21 @@ class Arm:
             losses.append(loss.detach())
         if recipe.grad_clip:
             own = [] if self.fs is None else self.fs.parameters()
-            nn.utils.clip_grad_norm_([*self.model.parameters(), *own], recipe.grad_clip)
+            torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *own], recipe.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * min(1.0, (self.ledger.step + 1) / max(1, recipe.warm_up))
         self.optimizer.step()
         self.ledger.step += 1
-        self.pending.append((self.ledger.step, torch.cat(losses), [example.id for example in batch]))
+        loss = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
         self.ledger.seconds += time.monotonic() - started
+        self.finite(loss, f"the loss at step {self.ledger.step} (examples {', '.join(e.id for e in batch)})")
+        self.ledger.metrics.append({"step": self.ledger.step, "train_loss": loss})
 
     def finite(self, loss: float, what: str) -> None:
         """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
         if not loss < float("inf"):
             raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may "
                              f"help, as in --set lr={self.job.recipe.lr / 3:.1g}")
-
-    def read_losses(self) -> None:
-        """Bring the losses since the last call from the device."""
-        started = time.monotonic()    # a GPU may be steps behind: its time counts too
-        for step, losses, ids in self.pending:
-            mean = losses.mean().item()
-            self.finite(mean, f"the loss at step {step} (examples {', '.join(ids)})")
-            self.ledger.metrics.append({"step": step, "train_loss": mean})
-        self.pending.clear()
-        self.ledger.seconds += time.monotonic() - started
 
     def scored(self, progress: Progress, control: str | None = None) -> list[dict]:
         """Records of the whole validation set."""
@@ -376,25 +340,16 @@ class Arm:
         self.finite(means["loss"], f"the validation loss after step {self.ledger.step}")
         self.ledger.records += records
         self.ledger.metrics.append({"step": self.ledger.step, **means})
-        say(f"{self.name}: step {self.ledger.step}, validation "
-            f"{words_of(self.ledger.metrics[-1], self.job.recipe.task)}")
-
-    def finished(self) -> bool:
-        """The step budget or, with --minutes, the log's kind of budget: seconds spent in training steps."""
-        if self.job.minutes is None:
-            return self.ledger.step >= self.job.recipe.steps
-        return self.ledger.seconds >= 60 * self.job.minutes
+        values = ", ".join(f"{metric} {mean:.4f}" for metric, mean in means.items())
+        say(f"{self.name}: step {self.ledger.step}, validation {values}")
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if any. ValueError if it is damaged or another run's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
-            try:
+            with damage_told(path):
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 identity, self.ledger = saved["identity"], Ledger(**saved["ledger"])
-            except Exception as error:    # a damaged file raises half a dozen types
-                reason = str(error).splitlines()[0][:120]
-                raise ValueError(f"{path}: damaged ({reason}); use --fresh to start over") from error
             refuse_another(path, identity, self.identity)
             self.model.load_state_dict(saved["model"])
             if self.fs is not None:
@@ -402,15 +357,14 @@ class Arm:
             self.optimizer.load_state_dict(saved["optimizer"])
             say(f"{self.name}: going on from step {self.ledger.step}")
         here, history = self.job.surroundings(), self.ledger.history
-        before = {key: history[-1][key] for key in here} if history else here
-        if before != here:
-            say(f"{self.name}: not where it ran before ({in_words(before, here)}); the last bits may differ")
-        if before != here or not history:
+        moved = in_words({key: history[-1][key] for key in here}, here) if history else ""
+        if moved:
+            say(f"{self.name}: not where it ran before ({moved}); the last bits may differ")
+        if moved or not history:
             history.append({"from_step": self.ledger.step, **here})
 
     def save(self, status: str = "running") -> None:
         """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
-        self.read_losses()
         try:
             if status == "running":
                 save_tensors({"identity": self.identity, "ledger": vars(self.ledger),
@@ -418,10 +372,10 @@ class Arm:
                               "optimizer": self.optimizer.state_dict()}, self.folder / "checkpoint.pt")
             write_lines(self.folder / "metrics.jsonl", self.ledger.metrics)
             write_lines(self.folder / "records.jsonl", self.ledger.records)
+            twin = twin_key(self.identity, self.ledger.history[0])
             write_run(self.folder, {
-                **self.identity, "twin": twin_key(self.identity, self.ledger.history[0]), "status": status,
-                "steps": self.ledger.step, "seconds": int(self.ledger.seconds),
-                "history": self.ledger.history})
+                **self.identity, "twin": twin, "status": status, "steps": self.ledger.step,
+                "seconds": int(self.ledger.seconds), "history": self.ledger.history})
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({reason}); what was saved "
@@ -442,48 +396,47 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     """Train an arm to the end of its budget, evaluating on the way, and leave its folder complete."""
     arm, recipe = Arm(job, name), job.recipe
     arm.resume()
-    stream = batches(job.train, recipe.batch_size, job.seed, start=arm.ledger.step, shuffle=not job.standin)
+    ledger = arm.ledger
+    stream = batches(job.train, recipe.batch_size, job.seed, start=ledger.step, shuffle=not job.standin)
     saved = time.monotonic()
-    interrupt.patient = True
     while True:
-        finished = arm.finished()
-        evaluated = arm.ledger.records and arm.ledger.records[-1]["step"] == arm.ledger.step
-        due = (finished or arm.ledger.step % recipe.eval_every == 0) and not evaluated
+        interrupt.patient = True
+        # --minutes, the log's kind of budget, counts the seconds spent in training steps
+        finished = ledger.seconds >= 60 * job.minutes if job.minutes else ledger.step >= recipe.steps
+        evaluated = ledger.records and ledger.records[-1]["step"] == ledger.step
+        due = (finished or ledger.step % recipe.eval_every == 0) and not evaluated
         if due or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             arm.save()
             saved = time.monotonic()
         if interrupt.requested:
-            raise Stopped(interrupt.requested)
+            raise KeyboardInterrupt(interrupt.requested)
         if due:
             interrupt.patient = False    # nothing is lost where an evaluation is left
             arm.evaluate(progress)
-            interrupt.patient = True
+            continue
         if finished:
             break
         batch = next(stream)
         arm.train_step(batch)
         if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
-            arm.read_losses()
-            loss = arm.ledger.metrics[-1]["train_loss"]
-            progress.line(f"{arm.name}: step {arm.ledger.step} of {recipe.steps}, loss {loss:.3f}")
+            loss = ledger.metrics[-1]["train_loss"]
+            progress.line(f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
     arm.save()
     interrupt.patient = False
-    controls = [arm.scored(progress, control) for control in CONTROLS if arm.fs is not None]
+    controls = []
+    for control in CONTROLS if arm.fs is not None else ():
+        controls += arm.scored(progress, control)
     interrupt.patient = True
-    arm.finish([record for records in controls for record in records])
+    arm.finish(controls)
     interrupt.patient = False
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------
 
-def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, args: argparse.Namespace,
-             progress: Progress, interrupt: Interrupt) -> None:
-    """One seed, from taking its folder to the report.
-
-    Args: recipe, the round with --set applied to it as `published`; material, or None for the stand-in's.
-    """
-    runs_dir = args.runs / "standin" if material is None else args.runs
-    folder = runs_dir / recipe.name / f"seed{seed}"
+def run_seed(recipe: Round, seed: int, material: dict | None, args: argparse.Namespace, progress: Progress,
+             interrupt: Interrupt) -> None:
+    """One seed, from taking its folder to the report. Without material it runs on the stand-in."""
+    folder = args.runs / ("standin" if material is None else "") / recipe.name / f"seed{seed}"
     with locked(folder):
         if args.fresh:
             clear(folder, args.arms)
@@ -499,7 +452,7 @@ def run_seed(recipe: Round, published: Round, seed: int, material: dict | None, 
                 run_arm(job, arm, progress, interrupt)
         if args.arm == "both":
             read_seed(folder)    # a report leaves out what is damaged, but not without a word on this seed
-            result, text = report(published, runs_dir / recipe.name)
+            result, text = report(folder.parent)
             print(text)
             if job.standin:
                 print(explain(result, seed, job.validation, job.tokenizer, folder))
@@ -513,17 +466,33 @@ def reproducible(device: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
         # and on others: sums in AVX-512 end in other bits, and 250 steps make other models of them
-        for library, name in (("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
-                              ("ONEDNN_MAX_CPU_ISA", "AVX2")):    # read at their first operation
-            os.environ[library] = name
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+                       "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
+
+
+def choose_material(real: Round, small: Round, args: argparse.Namespace) -> dict | None:
+    """What all seeds of a round need of the publishers' data and base; None: it runs on the stand-in."""
+    no_gpu = args.device == "cpu" and not args.real and args.base is None
+    reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
+    if not reason:
+        announce(real, real, "", args)
+        try:
+            return real_material(real, args)
+        except FileNotFoundError as error:
+            if args.real or args.base is not None:
+                raise
+            missing = [line.partition(";")[0] for line in str(error).splitlines()]
+            reason = "\n    ".join(["the real data or base cannot be had:", *missing])
+    announce(small, real, reason, args)
+    return None
 
 
 def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     """Every round and seed that was asked for. Returns the exit code: a seed that fails stops no other."""
     published, miniatures = load_rounds()
     names = expand(args.round, published)
-    seeds = {name: seeds_of(args.seeds) if args.seeds else published[name].seeds for name in names}
-    jobs = [(name, seed) for name in names for seed in seeds[name]]
+    asked = seeds_of(args.seeds) if args.seeds else None
+    jobs = [(name, seed) for name in names for seed in asked or published[name].seeds]
     # torchrun's processes share them: rounds and seeds do not depend on each other
     jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
     if "LOCAL_RANK" in os.environ and args.device == "cuda":
@@ -531,36 +500,23 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     # settings first: a wrong one is told before anything is loaded or made
     real = {name: with_settings(published[name], args.settings) for name in names}
     small = {name: with_settings(miniatures[name], args.settings) for name in names}
-    no_gpu = args.device == "cpu" and not args.real and args.base is None
     threads = torch.get_num_threads()
     materials, failed = {}, False
     progress = Progress(0, "left in all")
     for number, (name, seed) in enumerate(jobs):
         if name not in materials:    # once a round: no seed of it may get another answer than its others
-            materials[name] = None
-            reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
-            if not reason:
-                announce(real[name], real[name], "", args)
-                try:
-                    materials[name] = real_material(real[name], args)
-                except FileNotFoundError as error:
-                    if args.real or args.base is not None:
-                        raise
-                    missing = [line.partition(";")[0] for line in str(error).splitlines()]
-                    reason = "\n    ".join(["the real data or base cannot be had:", *missing])
-            if reason:
-                announce(small[name], real[name], reason, args)
+            materials[name] = choose_material(real[name], small[name], args)
         made_up = materials[name] is None
+        recipes = small if made_up else real
         progress.total = progress.done
         for later, its_seed in jobs[number:]:
-            progress.total += work_of((small if made_up else real)[later], args.arms)
+            progress.total += work_of(recipes[later], args.arms)
             if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
                 progress.total += standin.base_work(small[later])
         # to small arrays a second thread is worth little, and on a busy machine it costs ten times as much
         torch.set_num_threads(1 if made_up else threads)
         try:
-            run_seed((small if made_up else real)[name], (miniatures if made_up else published)[name], seed,
-                     materials[name], args, progress, interrupt)
+            run_seed(recipes[name], seed, materials[name], args, progress, interrupt)
         except (ValueError, OSError) as error:
             complain(error)
             failed = True
@@ -572,14 +528,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     interrupt = Interrupt()
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    again = "the same command without --fresh" if args.fresh else "the same command"
     try:
         reproducible(args.device)
         if args.list:
             list_rounds(args.runs)
             return 0
         return run(args, interrupt)
-    except Stopped as stop:
+    except KeyboardInterrupt as stop:
+        again = "the same command without --fresh" if args.fresh else "the same command"
         say(f"stopped; what was saved is kept, and {again} goes on from there")
         return 128 + stop.args[0]
     except (ValueError, OSError) as error:

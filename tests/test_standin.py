@@ -44,7 +44,7 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(standin, "LAYERS", 3)
     monkeypatch.setattr(standin, "pretrain", pretrain)
-    monkeypatch.setattr(train, "real_hours", lambda recipe, arms: 42)
+    monkeypatch.setattr(train, "duration", lambda seconds: "42 hours")
     monkeypatch.setattr(data, "answer_to", no_network)
 
 
