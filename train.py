@@ -340,8 +340,11 @@ class Arm:
         self.finite(means["loss"], f"the validation loss after step {self.ledger.step}")
         self.ledger.records += records
         self.ledger.metrics.append({"step": self.ledger.step, **means})
-        values = ", ".join(f"{metric} {mean:.4f}" for metric, mean in means.items())
-        say(f"{self.name}: step {self.ledger.step}, validation {values}")
+        choice = f"option accuracy {means['EM']:.4f}"
+        if self.job.recipe.task == "hotpotqa":
+            choice = f"exact match {means['EM']:.4f}, F1 {means['F1']:.4f}"
+        say(f"{self.name}: step {self.ledger.step}, validation loss {means['loss']:.4f}, token accuracy "
+            f"{means['acc']:.4f}, {choice}")
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if any. ValueError if it is damaged or another run's."""
