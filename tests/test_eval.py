@@ -297,21 +297,19 @@ def test_the_numbers_of_a_report(tmp_path, capsys, seeds):
     assert "  F1 " in out and "L=4096" in out and "its seed states of another prompt: 0." in out
 
 
-def test_p_values_are_corrected_for_their_number(tmp_path, capsys):
-    """Catches the study's own question corrected for the others, others that are not, or rounds of few seeds
-    that count."""
-    for name, shift in (("R6", 0.49), ("S3", 0.49), ("R2", 0.49), ("R8", 0)):
-        write_runs(tmp_path, name, range(7 if name != "R8" else 3), shift=shift, standin=True)
-    primary = next((name for name in REAL if REAL[name].primary), None)
+def test_p_values_are_corrected_for_their_number(tmp_path, capsys, monkeypatch):
+    """Catches the study's own question corrected for the others, others that are not, rounds of few seeds that
+    count, and jumps counted in the wrong arm."""
+    small = {**SMALL, "S3": replace(SMALL["S3"], primary=True)}
+    monkeypatch.setattr(ruler, "load_rounds", lambda: (REAL, small))
+    for name, seeds in (("R6", 7), ("S3", 7), ("R2", 7), ("R8", 3)):
+        write_runs(tmp_path, name, range(seeds), shift=0.49, standin=True)
     out = report_of(capsys, "R6", "S3", "R2", "R8", "--runs", tmp_path).out
     words = {part.split(":")[0]: part for part in out.split("\n\n")}
-    for name in ("R6", "S3", "R2"):
-        others = 3 - (primary in ("R6", "S3", "R2"))
-        expected = "p 0.0156, the study's" if name == primary else f"p {others * 0.015625:.4f} (Holm, {others} rounds)"
-        assert expected in words[name]
-    assert "sign test" not in words["R8"]
-    assert "p 0.0156 (exploratory)" in report_of(capsys, "R2", "--runs", tmp_path).out
+    assert "p 0.0156 (reg" in words["S3"] and "sign test" not in words["R8"]
+    assert all("p 0.0312 (Holm, 2 rounds)" in words[name] for name in ("R6", "R2"))
     assert "no_fs 0 of 7, prompt_fs 7 of 7; exact paired p 0.016" in words["R6"]
+    assert "p 0.0156 (exploratory)" in report_of(capsys, "R2", "--runs", tmp_path).out
 
 
 @pytest.mark.parametrize("damage", [
@@ -339,16 +337,17 @@ def test_what_cannot_be_averaged_is_told(tmp_path, capsys):
     runs = write_runs(tmp_path, seeds=range(4))
     change_run(runs / "R8/seed1/prompt_fs", status="running", steps=0)
     (runs / "R8/seed2/no_fs/run.json").unlink()
-    for name in ("seed01", "seed1.old", "seed7"):
-        (runs / "R8" / name).mkdir()
+    for name in ("R8/seed01", "R8/seed1.old", "R8/seed7", "R3/seed01"):
+        (runs / name).mkdir(parents=True)
     out, err = report_of(capsys, "R8", "--runs", runs)
     assert "2 seeds on 30 questions" in out and not err and out.count("left out") == 3
     assert "seed1/prompt_fs stands at step 0" in out and "seed 2 (" in out and "seed 7 (" in out
+    assert "no such runs" in refusal(capsys, main, ["R3", "--runs", runs])
     write_runs(tmp_path, "R6")
     for arm in ARMS:
-        change_run(runs / "R8/seed3" / arm, standin=True, minutes=8.0)
+        change_run(runs / "R8/seed3" / arm, minutes=8.0, base={"name": "mine.pth"})
     out, err = report_of(capsys, "--all", "--runs", runs, code=2)
-    assert "seeds 0 and 3" in err and "standin: False there, True here; minutes" in err and err.count("\n") == 1
+    assert "seeds 0 and 3" in err and "minutes: None there, 8.0 here; base.name" in err and err.count("\n") == 1
     assert "R6: " in out and "R8: " not in out
 
 

@@ -28,7 +28,8 @@ from model import RWKV7, Config
 from rounds import load_rounds, with_settings
 from tokenizer import Tokenizer
 
-SMALL = ["steps=6", "n_train=11", "n_val=6", "batch_size=4", "eval_every=3", "lr=0.01", "fs_layer_start=1"]
+SMALL = ["steps=6", "n_train=11", "n_val=6", "batch_size=4", "eval_every=3", "lr=0.01", "fs_layer_start=1",
+         "alpha_lr=0.05"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,6 +258,7 @@ def interrupt_at(patch, name, call, number=signal.SIGINT):
 @pytest.mark.parametrize("place, call, more, number, scored", [
     ("Arm.train_step", 2, [], signal.SIGINT, 1), ("Arm.train_step", 6 + 2, ["--fresh"], signal.SIGTERM, 4),
     ("Arm.train_step", 3, [], signal.SIGINT, 1), ("Arm.save", 2, [], signal.SIGINT, 1),
+    ("Arm.save", 9, [], signal.SIGINT, 6),
     ("score", 2, [], signal.SIGINT, 2), ("score", 8, [], signal.SIGTERM, 8), ("Arm.finish", 1, [], signal.SIGINT, 3),
     ("real_material", 1, [], signal.SIGINT, 0), ("report", 1, [], signal.SIGINT, 9),
 ])
@@ -272,8 +274,13 @@ def test_a_polite_stop_saves_and_goes_on(place, call, more, number, scored, fini
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("stopped") and ("the same command without --fresh" in last) == bool(more)
     if place == "Arm.train_step":
-        saved = torch.load(tmp_path / f"R2/seed5/{'prompt_fs' if call > 6 else 'no_fs'}/checkpoint.pt")
-        assert saved["ledger"]["step"] == call - 6 * (call > 6)
+        checkpoint = tmp_path / f"R2/seed5/{'prompt_fs' if call > 6 else 'no_fs'}/checkpoint.pt"
+        step = call - 6 * (call > 6)
+        assert torch.load(checkpoint)["ledger"]["step"] == step
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, place, 1, number)
+            assert train.main(command(tmp_path)) == 128 + number
+        assert torch.load(checkpoint)["ledger"]["step"] == step + 1
     assert train.main(command(tmp_path)) == 0
     assert outcome(tmp_path) == outcome(finished)
 
