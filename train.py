@@ -408,7 +408,7 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         finished = ledger.seconds >= 60 * job.minutes if job.minutes else ledger.step >= recipe.steps
         evaluated = ledger.records and ledger.records[-1]["step"] == ledger.step
         due = (finished or ledger.step % recipe.eval_every == 0) and not evaluated
-        if due or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+        if due or finished or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             arm.save()
             saved = time.monotonic()
         if interrupt.requested:
@@ -424,7 +424,6 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
             loss = ledger.metrics[-1]["train_loss"]
             progress.line(f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
-    arm.save()
     interrupt.patient = False
     controls = []
     for control in CONTROLS if arm.fs is not None else ():
