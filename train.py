@@ -425,6 +425,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
             loss = ledger.metrics[-1]["train_loss"]
             progress.line(f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
     arm.save()
+    if interrupt.requested:
+        raise KeyboardInterrupt(interrupt.requested)
     interrupt.patient = False
     controls = []
     for control in CONTROLS if arm.fs is not None else ():
