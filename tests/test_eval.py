@@ -16,8 +16,9 @@ from hypothesis import given, settings, strategies as st
 import eval as ruler
 from conftest import ROOT, refusal, relative_error
 from data import Example, collate, pad
-from eval import CONTROLS, f1_score, log_numbers, main, means_of, normalise, score, seed_prompts_of, text_of_log
-from files import ARMS
+from eval import (CONTROLS, f1_score, log_numbers, main, means_of, normalise, score, seed_prompts_of,
+                  text_of_log)
+from files import ARMS, write_lines
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, Config
 from rounds import load_rounds
@@ -68,7 +69,8 @@ def make_examples(count, task="hotpotqa"):
 
 
 def scored(model, examples, fs=None, batch_size=4, control=None):
-    return score(model, examples, fs, batch_size=batch_size, device="cpu", step=5, tokenizer=Words(), control=control)
+    return score(model, examples, fs, batch_size=batch_size, device="cpu", step=5, tokenizer=Words(),
+                 control=control)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -90,7 +92,9 @@ def by_the_book(model, example, seed):
         losses.append(-forced.log_softmax(-1)[token].item())
         correct += int(forced.argmax() == token)
         written.append(int(after(written).argmax()))
-    option = max(example.choices, key=lambda label: logits[example.choices[label]].item()) if example.choices else None
+    option = None
+    if example.choices:
+        option = max(example.choices, key=lambda label: logits[example.choices[label]].item())
     rest = sum(losses[1:]) / (len(losses) - 1) if len(losses) > 1 else 0
     return losses[0] + rest, correct, " ".join(str(token) for token in written if token != 50), option
 
@@ -116,8 +120,10 @@ def test_records_say_what_the_model_did(model, fs, task, control):
         assert (record["correct"], record["text"], record["option"]) == (correct, text, option)
         assert (record["step"], record["id"], record["tokens"]) == (5, example.id, len(example.answer))
         assert record.get("control") == control
-        exact = option == "B" if task == "arc" else normalise(text) == "7 49"
-        assert record["exact"] == exact and record["f1"] == (exact if task == "arc" else f1_score(text, "7 49"))
+        exact, f1 = normalise(text) == "7 49", f1_score(text, "7 49")
+        if task == "arc":
+            exact = f1 = option == "B"
+        assert (record["exact"], record["f1"]) == (exact, f1)
 
 
 @given(batch_size=st.integers(1, 12), order=st.permutations(range(10)), with_fs=st.booleans())
@@ -153,7 +159,8 @@ def test_seed_states_of_other_prompts(model, fs):
     those of others do; and a shuffled end that is another's, or that shuffles what stands before it."""
     examples = make_examples(5)
     prompt, lengths, answer, _ = collate(examples)
-    hooks = fs, borrowed(model, fs, prompt, lengths), borrowed(model, fs, *pad([e.prompt for e in examples[::-1]]))
+    others = pad([example.prompt for example in examples[::-1]])
+    hooks = fs, borrowed(model, fs, prompt, lengths), borrowed(model, fs, *others)
     own, borrowed_own, of_others = (answer_logits(model, hook, prompt, lengths, answer)[0] for hook in hooks)
     assert torch.equal(own, borrowed_own) and not torch.equal(own, of_others)
     shuffled = seed_prompts_of("shuffled", examples)
@@ -221,8 +228,8 @@ def write_runs(runs_dir, name="R8", seeds=(0, 1, 2), n=30, shift=0.0, rng_seed=0
     def record(index, shift, **kind):
         tokens = 1 if recipe.task == "arc" or made_up else 4
         correct = int(rng.binomial(tokens, difficulty[index] + shift))
-        return json.dumps({**kind, "id": f"q{index}", "loss": float(rng.gamma(2)), "tokens": tokens,
-                           "correct": correct, "exact": int(correct == tokens), "f1": correct / tokens}) + "\n"
+        return {**kind, "id": f"q{index}", "loss": float(rng.gamma(2)), "tokens": tokens, "correct": correct,
+                "exact": int(correct == tokens), "f1": correct / tokens}
 
     for seed in seeds:
         for arm in ARMS:
@@ -234,17 +241,22 @@ def write_runs(runs_dir, name="R8", seeds=(0, 1, 2), n=30, shift=0.0, rng_seed=0
                    "data": {"train": f"{seed * made_up}", "validation": "v"}, "status": "done", "steps": 10,
                    "history": history}
             (folder / "run.json").write_text(json.dumps({**run, **changes}))
-            (folder / "records.jsonl").write_text("".join(
-                record(index, shift * (arm == "prompt_fs"), step=step) for step in (0, 10) for index in range(n)))
+            own = shift if arm == "prompt_fs" else 0
+            write_lines(folder / "records.jsonl", [
+                record(index, own, step=step) for step in (0, 10) for index in range(n)])
             if arm == "prompt_fs":
-                (folder / "controls.jsonl").write_text("".join(
-                    record(index, 0, control=control) for control in CONTROLS for index in range(n)))
+                write_lines(folder / "controls.jsonl", [
+                    record(index, 0, control=control) for control in CONTROLS for index in range(n)])
     return Path(runs_dir)
 
 
 def change_run(folder, **changes):
     path = folder / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_text(path, change):
+    path.write_text(change(path.read_text()))
 
 
 def as_written(runs_dir, arm, seeds=(0, 1, 2), name="R8", part="records", **kind):
@@ -269,8 +281,8 @@ def strict_json(text):
 
 @pytest.mark.parametrize("seeds", [[4], [0, 1, 2], list(range(7))])
 def test_the_numbers_of_a_report(tmp_path, capsys, seeds):
-    """Catches the wrong evaluation, swapped arms, a sample deviation, means over tokens, an interval of another
-    metric or of a wrong width, numbers that are no JSON, a verdict of fewer than six seeds."""
+    """Catches the wrong evaluation, swapped arms, a sample deviation, means over tokens, an interval of
+    another metric or of a wrong width, numbers that are no JSON, a verdict of fewer than six seeds."""
     runs = write_runs(tmp_path, seeds=seeds, shift=0.2)
     result, = strict_json(report_of(capsys, "R8", "--json", "--runs", runs).out)["rounds"]
     without, with_fs = (as_written(runs, arm, seeds, step=10) for arm in ARMS)
@@ -281,11 +293,14 @@ def test_the_numbers_of_a_report(tmp_path, capsys, seeds):
             half = 2.05 * x[s, :, m].std(ddof=1) / math.sqrt(30)    # Student's, which the bootstrap resembles
             expected = [without[s, :, m].mean(), with_fs[s, :, m].mean(), x[s, :, m].mean()]
             assert np.allclose([found["no_fs"], found["prompt_fs"], found["d"]], expected)
-            assert np.allclose([found["low"], found["high"]], [expected[2] - half, expected[2] + half], atol=0.3 * half)
+            ends = expected[2] - half, expected[2] + half
+            assert np.allclose([found["low"], found["high"]], ends, atol=0.3 * half)
         deltas, over = x[..., m].mean(axis=1), result["over_seeds"][metric]
         assert np.allclose([over["mean"], over["std"]], [deltas.mean(), deltas.std()])
-        assert over["signs"] == f"{(deltas > 1e-12).sum()}/{(abs(deltas) < 1e-12).sum()}/{(deltas < -1e-12).sum()}"
-    assert result["seeds"] == seeds and result["examples"] == 30 and result["per_seed"][0]["steps"] == [10, 10]
+        gains, losses = (deltas > 1e-12).sum(), (deltas < -1e-12).sum()
+        assert over["signs"] == f"{gains}/{len(seeds) - gains - losses}/{losses}"
+    assert result["seeds"] == seeds and result["examples"] == 30
+    assert result["per_seed"][0]["steps"] == [10, 10]
     for control in CONTROLS:
         expected = as_written(runs, "prompt_fs", seeds, part="controls", control=control)[..., 0].mean(axis=1)
         assert np.allclose(result["controls"][control], expected)
@@ -298,8 +313,8 @@ def test_the_numbers_of_a_report(tmp_path, capsys, seeds):
 
 
 def test_p_values_are_corrected_for_their_number(tmp_path, capsys, monkeypatch):
-    """Catches the study's own question corrected for the others, others that are not, rounds of few seeds that
-    count, and jumps counted in the wrong arm."""
+    """Catches the study's own question corrected for the others, others that are not, rounds of few seeds
+    that count, and jumps counted in the wrong arm."""
     small = {**SMALL, "S3": replace(SMALL["S3"], primary=True)}
     monkeypatch.setattr(ruler, "load_rounds", lambda: (REAL, small))
     for name, seeds in (("R6", 7), ("S3", 7), ("R2", 7), ("R8", 3)):
@@ -313,16 +328,16 @@ def test_p_values_are_corrected_for_their_number(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda arm: (arm / "records.jsonl").write_text((arm / "records.jsonl").read_text()[:-9]),
-    lambda arm: (arm / "records.jsonl").write_text((arm / "records.jsonl").read_text().replace('"q8"', '"z8"')),
+    lambda arm: change_text(arm / "records.jsonl", lambda text: text[:-9]),
+    lambda arm: change_text(arm / "records.jsonl", lambda text: text.replace('"q8"', '"z8"')),
     lambda arm: (arm / "run.json").write_text("{"),
     lambda arm: change_run(arm, minutes=8.0),
     lambda arm: change_run(arm, steps=500),
 ])
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_seed_that_cannot_be_used_is_told_and_left_out(tmp_path, capsys, arm, damage):
-    """Catches silent averaging of what is damaged or unlike, and one bad seed that hides the others: its place in
-    one line, exit code 2, and the report on the rest."""
+    """Catches silent averaging of what is damaged or unlike, and one bad seed that hides the others: its
+    place in one line, exit code 2, and the report on the rest."""
     runs = write_runs(tmp_path, seeds=(0, 1))
     damage(runs / "R8/seed0" / arm)
     out, err = report_of(capsys, "R8", "--runs", runs, code=2)
@@ -332,8 +347,8 @@ def test_a_seed_that_cannot_be_used_is_told_and_left_out(tmp_path, capsys, arm, 
 
 
 def test_what_cannot_be_averaged_is_told(tmp_path, capsys):
-    """Catches a finished arm compared with a stopped one, an empty folder seed01 that counts seed 1 twice, one
-    mean over two kinds of runs, and one round so refused that hides another."""
+    """Catches a finished arm compared with a stopped one, an empty folder seed01 that counts seed 1 twice,
+    one mean over two kinds of runs, and one round so refused that hides another."""
     runs = write_runs(tmp_path, seeds=range(4))
     change_run(runs / "R8/seed1/prompt_fs", status="running", steps=0)
     (runs / "R8/seed2/no_fs/run.json").unlink()
@@ -347,7 +362,8 @@ def test_what_cannot_be_averaged_is_told(tmp_path, capsys):
     for arm in ARMS:
         change_run(runs / "R8/seed3" / arm, minutes=8.0, base={"name": "mine.pth"})
     out, err = report_of(capsys, "--all", "--runs", runs, code=2)
-    assert "seeds 0 and 3" in err and "minutes: None there, 8.0 here; base.name" in err and err.count("\n") == 1
+    assert "seeds 0 and 3" in err and "minutes: None there, 8.0 here; base.name" in err
+    assert err.count("\n") == 1
     assert "R6: " in out and "R8: " not in out
 
 
@@ -358,12 +374,12 @@ def test_what_a_reader_must_know_stands_before_the_numbers(tmp_path, capsys):
     history = [{"from_step": 0, "code": "c", "machine": {"threads": 1, "torch": "2.13.0"}},
                {"from_step": 4, "code": "d", "machine": {"threads": 2, "torch": "2.13.0"}}]
     change_run(tmp_path / "R8/seed1/prompt_fs", history=history)
-    text = (tmp_path / "R8/seed2/prompt_fs/records.jsonl").read_text().replace('"step": 10', '"step": 13')
-    (tmp_path / "R8/seed2/prompt_fs/records.jsonl").write_text(text)
-    change_run(tmp_path / "R8/seed2/prompt_fs", steps=13)    # minutes give the arms what steps they manage
+    longer = tmp_path / "R8/seed2/prompt_fs"    # minutes give the arms what steps they manage
+    change_text(longer / "records.jsonl", lambda text: text.replace('"step": 10', '"step": 13'))
+    change_run(longer, steps=13)
     out = report_of(capsys, "R8", "--runs", tmp_path).out
     for label in ("ANOTHER BASE, init:L2-D64", "8 minutes of training", "changed from the round's: steps=2",
-                  "seed 1 ran on another machine or code: code: c there, d here; machine.threads: 1 there, 2"):
+                  "seed 1 ran on another machine", "code: c there, d here; machine.threads: 1 there, 2"):
         assert label in out.partition("metric")[0]
     assert "  10/13  " in out
     write_runs(tmp_path / "standin", "R2", standin=True)
@@ -393,7 +409,8 @@ def test_reports_of_every_round(tmp_path, capsys, monkeypatch):
 # ---- the log -----------------------------------------------------------------------------------------------
 
 def test_the_logs_table_reproduces(capsys):
-    """The log's means, population deviations and signs, from its per-seed numbers, but for rounding. Catches a round that is lost from the table."""
+    """The log's means, population deviations and signs, from its per-seed numbers, but for rounding. Catches
+    a round that is lost from the table."""
     signs = {"R2": "3/0/0", "R3": "1/0/2", "R4": "2/0/1", "R5": "1/0/2", "R6": "2/0/1", "R7": "1/0/0",
              "R8": "2/0/1", "R9a": "2/0/1", "R9b": "1/0/2", "R10": "2/0/1"}
     out = report_of(capsys, "--log").out
@@ -416,14 +433,15 @@ def words():
 
 
 def test_ask(tmp_path, capsys, monkeypatch, words):
-    """Catches an answer without the Future-Seed that the checkpoint was trained with, sampling that is greedy or
-    the other way round, and an error without a name."""
+    """Catches an answer without the Future-Seed that the checkpoint was trained with, sampling that is greedy
+    or the other way round, and an error without a name."""
     monkeypatch.setattr(ruler, "Tokenizer", lambda: words)    # read once, not for every question
     model = RWKV7.init(Config.published(2, 16, 16, 65536), seed=3)
     with torch.no_grad():
         for block in model.blocks:
             block.att.output.weight.normal_(generator=torch.Generator().manual_seed(1))
-    folder = write_runs(tmp_path, settings={**REAL["R8"].settings(), "fs_layer_start": 1, "alpha_init": 3.0}) / "R8/seed1"
+    own = {**REAL["R8"].settings(), "fs_layer_start": 1, "alpha_init": 3.0}
+    folder = write_runs(tmp_path, settings=own) / "R8/seed1"
     path = folder / "prompt_fs/model.pth"
     for arm in ARMS:
         model.save(folder / arm / "model.pth")
@@ -443,13 +461,14 @@ def test_ask(tmp_path, capsys, monkeypatch, words):
     assert asked() == expected(fs) != expected(None)
     assert asked(path=folder / "no_fs/model.pth") == expected(None)
     drawn = {asked("--temperature", 5) for _ in range(3)}
-    assert len(drawn) > 1 and asked("--temperature", 5, "--top-p", 1e-6) == asked("--temperature", 1e-3) == expected(fs)
+    assert len(drawn) > 1
+    assert asked("--temperature", 5, "--top-p", 1e-6) == asked("--temperature", 1e-3) == expected(fs)
     with torch.no_grad():
         fs.alpha.fill_(-30)    # what training left of it is in fs.pth
     torch.save(fs.state_dict(), folder / "prompt_fs/fs.pth")
     assert asked() == expected(None)
     torch.save({"alpha": torch.zeros(7)}, folder / "prompt_fs/fs.pth")
-    for more in ([], ["--top-p", 0], ["--max-new", 0], ["--temperature", -1], ["--checkpoint", tmp_path / "none.pth"]):
+    for more in ([], ["--top-p", 0], ["--max-new", 0], ["--temperature", -1], ["--checkpoint", "none.pth"]):
         refusal(capsys, main, ["--ask", "x", "--checkpoint", path, *more])
 
 

@@ -50,8 +50,8 @@ def instant(monkeypatch):
 
 
 def arguments(folder, *more, name="S1", seeds="3", settings=()):
-    return ["--round", name, "--seeds", seeds, "--assets", str(folder / "assets"), "--runs", str(folder / "runs"),
-            "--device", "cpu", "--set", *QUICK, *settings, *more]
+    return ["--round", name, "--seeds", seeds, "--assets", str(folder / "assets"), "--device", "cpu",
+            "--runs", str(folder / "runs"), "--set", *QUICK, *settings, *more]
 
 
 def run_of(folder, name="S1", seed=3, arm="no_fs"):
@@ -91,8 +91,11 @@ def test_the_small_vocabulary_is_the_official_one_renumbered():
 def test_validation_is_new_and_guesses_do_not_pay(task, monkeypatch):
     """Catches validation questions that were trained on, in whatever order their facts stood, a place that is
     asked for more often than others, labels that tell the place, and a wrong share of lucky guesses."""
-    facts_of = {"arc": lambda record: [(choice["text"], choice["label"]) for choice in record["question"]["choices"]],
-                "hotpotqa": lambda record: [tuple(text.split()) for _, (text,) in record["context"]]}[task]
+    def facts_of(record):
+        if task == "arc":
+            return [(choice["text"], choice["label"]) for choice in record["question"]["choices"]]
+        return [tuple(text.split()) for _, (text,) in record["context"]]
+
     records = standin_records(task, "train", 2000, 0, 4)
     facts = [facts_of(record) for record in records]
     asked = [re.sub("Who is |[?]", "", record["question"]["stem"] if task == "arc" else record["question"])
@@ -103,7 +106,8 @@ def test_validation_is_new_and_guesses_do_not_pay(task, monkeypatch):
     assert abs(lucky - standin.chance(task, 4)) < 0.01
     assert task == "hotpotqa" or len({label for part in facts for _, label in part}) == 26
 
-    for words, few in (("NAMES", 5), ("VERBS", 2), ("LABELS", 3)):    # or chance alone would keep the splits apart
+    # with all words, chance alone would keep the splits apart
+    for words, few in (("NAMES", 5), ("VERBS", 2), ("LABELS", 3)):
         monkeypatch.setattr(standin, words, getattr(standin, words)[:few])
     seen = {split: {(frozenset(facts_of(record)), str(record["question"]).partition("choices")[0])
                     for seed in (0, 1) for record in standin_records(task, split, 300, seed, 2)}
@@ -115,11 +119,12 @@ def test_validation_is_new_and_guesses_do_not_pay(task, monkeypatch):
 
 @pytest.mark.parametrize("order, share", [("context_first", 0.25), ("question_first", 1.0)])
 def test_questions_get_harder_and_some_are_rehearsed(order, share):
-    """Catches a curriculum that jumps, never ends or depends on the number of steps, rehearsal in validation or
-    of another share than the round's, and seeds that train on the same questions."""
+    """Catches a curriculum that jumps, never ends or depends on the number of steps, rehearsal in validation
+    or of another share than the round's, and seeds that train on the same questions."""
     recipe = dataclasses.replace(SMALL["S1"], order=order, batch_size=1)
     facts = [standin.facts_at(recipe, step) for step in range(recipe.steps)]
-    assert facts[0] == recipe.facts_first == 2 and facts.index(3) == recipe.facts_hold + math.ceil(recipe.facts_ramp / 8)
+    assert facts[0] == recipe.facts_first == 2
+    assert facts.index(3) == recipe.facts_hold + math.ceil(recipe.facts_ramp / 8)
     assert facts[recipe.facts_hold + recipe.facts_ramp] == facts[-1] == recipe.facts == 10
     assert all(0 <= later - earlier <= 1 for earlier, later in zip(facts, facts[1:]))
     examples = standin.training_examples(recipe, 0)
@@ -127,7 +132,8 @@ def test_questions_get_harder_and_some_are_rehearsed(order, share):
     assert [text.count("\n\n") - 1 for text in texts] == facts
     assert abs(sum(text.startswith("Question") for text in texts) / len(texts) - share) < 0.1
     assert standin.training_examples(dataclasses.replace(recipe, steps=5), 0) == examples[:5]
-    assert not {text for text in texts} & {TOKENS.decode(e.prompt) for e in standin.training_examples(recipe, 1)}
+    others = {TOKENS.decode(example.prompt) for example in standin.training_examples(recipe, 1)}
+    assert not others & set(texts)
     validation = standin.validation_examples(recipe)
     assert len({example.id for example in validation}) == recipe.n_val
     first = "Context" if order == "context_first" else "Question"
@@ -139,13 +145,14 @@ def test_questions_get_harder_and_some_are_rehearsed(order, share):
 
 @pytest.mark.parametrize("task", ["arc", "hotpotqa"])
 def test_a_base_learns_with_the_question_first_until_it_passes(task, tmp_path, monkeypatch):
-    """Catches another order, two new facts at a time, the same questions again and again, an exam of easier or
-    of known questions, one whose result does not count, and a base that is not the official file."""
+    """Catches another order, two new facts at a time, the same questions again and again, an exam of easier
+    or of known questions, one whose result does not count, and a base that is not the official file."""
     batches, exams, grades = [], [], iter([0.98, 0.99])
     collate = standin.collate
     for name, value in dict(LAYERS=1, EASY=1e9, KNOWN=1e9, BATCH=4).items():
         monkeypatch.setattr(standin, name, value)
-    monkeypatch.setattr(standin, "collate", lambda batch, device: batches.append(batch) or collate(batch, device))
+    monkeypatch.setattr(standin, "collate", lambda batch, device:
+                        batches.append(batch) or collate(batch, device))
     monkeypatch.setattr(standin, "share_right", lambda model, exam, device:
                         exams.append((len(batches), exam)) or next(grades))
     recipe = dataclasses.replace(SMALL["S1" if task == "hotpotqa" else "S7"], channels=16)
@@ -182,7 +189,8 @@ def test_failed_attempts_start_over_and_end(tmp_path, monkeypatch, capsys):
     for name, value in dict(LAYERS=1, EASY=0.0, USUAL_STEPS={"arc": 1}).items():
         monkeypatch.setattr(standin, name, value)
     starts, fresh_model = [], standin.fresh_model
-    monkeypatch.setattr(standin, "fresh_model", lambda channels, seed: starts.append(seed) or fresh_model(channels, seed))
+    monkeypatch.setattr(standin, "fresh_model", lambda channels, seed:
+                        starts.append(seed) or fresh_model(channels, seed))
     recipe = dataclasses.replace(SMALL["S7"], channels=16)
     with pytest.raises(ValueError, match="5 attempts did not learn it; try another --seed"):
         standin.pretrain(recipe, 2, tmp_path / "base.pth", torch.device("cpu"), files.Progress(1))
@@ -191,7 +199,8 @@ def test_failed_attempts_start_over_and_end(tmp_path, monkeypatch, capsys):
     one, other = (fresh_model(16, seed).emb.weight for seed in (10, 11))
     assert 0.49 < one.max() < 0.5 and not torch.equal(one, other)
     others = [dataclasses.replace(recipe, **{key: 32}) for key in ("channels", "facts")] + [SMALL["S1"]]
-    assert len({standin.base_path(other, seed, tmp_path) for other in [recipe, *others] for seed in (1, 2)}) == 8
+    paths = {standin.base_path(other, seed, tmp_path) for other in [recipe, *others] for seed in (1, 2)}
+    assert len(paths) == 8
 
 
 # ---- rounds that run on it ---------------------------------------------------------------------------------
@@ -199,7 +208,8 @@ def test_failed_attempts_start_over_and_end(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["R8", "R2"])
 def test_without_a_gpu_a_round_runs_in_miniature(name, instant, tmp_path, monkeypatch, capsys):
     """Catches 42 hours of work begun without a word, a download of what will not be used, a result that does
-    not say on what it was had, prompt lengths that no prompt had, work done twice, and a base read as if real."""
+    not say on what it was had, prompt lengths that no prompt had, work done twice, and a base read as if
+    real."""
     monkeypatch.setattr(train, "real_material", lambda *_: pytest.fail("looked for the real thing"))
     assert train.main(arguments(tmp_path, name=name)) == 0
     out, err = capsys.readouterr()
@@ -221,13 +231,14 @@ def test_without_a_gpu_a_round_runs_in_miniature(name, instant, tmp_path, monkey
 
 
 def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monkeypatch, capsys):
-    """Catches the first command, offline, whose folder the real round then cannot use; --real or a base of the
-    user's that is replaced; a fallback that does not say what is missing. Each file is on a line of its own."""
+    """Catches the first command, offline, whose folder the real round then cannot use; --real or a base of
+    the user's that is replaced; a fallback that does not say what is missing. Each file is on a line of its
+    own."""
     recipe = dataclasses.replace(SMALL["S1"], steps=4, batch_size=4, n_val=8)
     base = tmp_path / "mine.pth"
     standin.fresh_model(16, 9).save(base)
-    material = dict(train=standin.training_examples(recipe, 1), validation=standin.validation_examples(recipe),
-                    base=RWKV7.load(base), base_name="mine.pth", tokenizer=TOKENS)
+    material = dict(train=standin.training_examples(recipe, 1), base=RWKV7.load(base), base_name="mine.pth",
+                    validation=standin.validation_examples(recipe), tokenizer=TOKENS)
     assert train.main(arguments(tmp_path)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "real_material", lambda *_: material)
@@ -238,18 +249,18 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     for more in (["--real"], ["--base", "nowhere.pth"]):
         lines = refusal(capsys, train.main, arguments(tmp_path, "--offline", *more, name="R8")).splitlines()
         assert len(lines) == 3 and (more == ["--real"] or "nowhere.pth" in lines[2])
-        assert all(name in line for name, line in zip(("hotpot_train_v1.1.json", "hotpot_dev", ".pth"), lines))
+        assert all(name in line for name, line in zip(("hotpot_train", "hotpot_dev", ".pth"), lines))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train, "run_seed", lambda *_: None)
     assert train.main(arguments(tmp_path, "--offline", "--device", "cuda", name="R8")) == 0
     err = capsys.readouterr().err
-    assert "STAND-IN" in err and all(f"/{name} is missing" in err for name in (
-        "hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json", SMALL["R8"].base.replace("stand-in", REAL["R8"].base)))
+    missing = "hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json", REAL["R8"].base
+    assert "STAND-IN" in err and all(f"/{name} is missing" in err for name in missing)
 
 
 def test_time_left_is_that_of_the_whole_command(instant, tmp_path, monkeypatch, capsys):
-    """On a clock that takes a second a token. Catches time left for one arm, or without evaluations, where two
-    rounds and two seeds are to be run."""
+    """On a clock that takes a second a token. Catches time left for one arm, or without evaluations, where
+    two rounds and two seeds are to be run."""
     now, due = [0.0], files.Progress.due
 
     def on_time(self, work):
@@ -265,7 +276,7 @@ def test_time_left_is_that_of_the_whole_command(instant, tmp_path, monkeypatch, 
     monkeypatch.setattr(files, "duration", lambda seconds: f"{seconds:.0f}")
     assert train.main(arguments(tmp_path, "--round", "S1", "S6", seeds="3-4", settings=["steps=2"])) == 0
     left = [int(number) for number in re.findall(r"about (\d+) left in all", capsys.readouterr().err)]
-    a_seed = 256 * (2 * (3 * 2 * 4 + 2 * 8) + 3 * 8)    # tokens: two arms' steps and evaluations, and controls
+    a_seed = 256 * (2 * (3 * 2 * 4 + 2 * 8) + 3 * 8)    # two arms' steps and evaluations, and controls
     assert left[0] > 3 * a_seed and left[-1] == 0 and left == sorted(left, reverse=True)
 
 
@@ -283,7 +294,7 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
     folder = tmp_path / "runs/standin/S1/seed3"
     recipe = dataclasses.replace(SMALL["S1"], n_val=8, facts=facts)
     questions = standin.validation_examples(recipe)
-    for arm in train.ARMS:    # which agree on every second question, and 6 of 8 answers of prompt_fs are right
+    for arm in train.ARMS:    # which agree on every second question; prompt_fs is right in 6 of 8
         edit_lines(folder / arm / "records.jsonl", lambda i, line: {
             "text": f" {arm if i % 2 else 'same'}{i % 8}" if line["step"] == 4 else f"early {i}",
             "correct": int(arm == "prompt_fs" and i % 8 < 6)})
@@ -294,7 +305,8 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
     words = capsys.readouterr().out.partition("Seed 3 in words")[2]
     for said in (f"8 questions on {facts} facts", f"{standin.chance(recipe.task, facts):.0%} of the time",
                  "Without Future-Seed 0% ", "with it 75%", "answer 4 questions differently, such as",
-                 f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing", "--seeds 0-5"):
+                 f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing",
+                 "--seeds 0-5"):
         assert said in words, said
     for i, example in enumerate(questions):
         said = f"right is {example.text}; no_fs says no_fs{i}, prompt_fs says prompt_fs{i}\n"
@@ -308,7 +320,8 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
 
 def test_settings_of_the_stand_in(instant, tmp_path, monkeypatch, capsys):
     """Catches a budget in minutes, after which questions would come again, threads that wait for each other,
-    ten times slower on a busy machine, a real round that is left with one, and settings that are out of range."""
+    ten times slower on a busy machine, a real round that is left with one, and settings that are out of
+    range."""
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "--standin", "--minutes", "1"))
     assert "facts" in refusal(capsys, train.main, arguments(tmp_path, "--standin", settings=["facts=40"]))
@@ -336,19 +349,23 @@ sys.exit(train.main([word for word in sys.argv[1:] if word != "as it is"]))
 @pytest.mark.skipif("avx512" not in torch.backends.cpu.get_cpu_capability().lower(),
                     reason="needs a processor with AVX-512: it has other bits to be kept from")
 def test_a_processor_with_avx512_gives_the_bits_of_one_without(instant, tmp_path, monkeypatch):
-    """The command as usual, and as a processor with AVX2 has it, which the libraries' own variables make of this
-    one; both unlike a run in this process, which has long chosen AVX-512. Catches a study of the processor."""
+    """The command as usual, and as a processor with AVX2 has it, which the libraries' own variables make of
+    this one; both unlike a run in this process, which has long chosen AVX-512. Catches a study of the
+    processor."""
     plain = {key: value for key, value in os.environ.items() if key not in AVX2} | {"PYTHONPATH": str(ROOT)}
     assert train.main(arguments(tmp_path, "--arm", "prompt_fs", "--runs", str(tmp_path / "native"))) == 0
     children, found = [], {}
     for name, more, variables in (("usual", [], {}), ("avx2", ["as it is"], AVX2)):
-        argv = [sys.executable, "-c", CHILD, *more, *arguments(tmp_path, "--arm", "prompt_fs"), "--runs", name]
-        children.append(subprocess.Popen(argv, cwd=tmp_path, env=plain | variables, stderr=subprocess.PIPE, text=True))
+        argv = [sys.executable, "-c", CHILD, *more]
+        argv += arguments(tmp_path, "--arm", "prompt_fs", "--runs", name)
+        children.append(subprocess.Popen(argv, cwd=tmp_path, env=plain | variables, stderr=subprocess.PIPE,
+                                         text=True))
     for child in children:
         assert child.wait(timeout=300) == 0, child.stderr.read()
     for name in ("native", "usual", "avx2"):
         folder = tmp_path / name / "standin/S1/seed3/prompt_fs"
         machine = json.loads((folder / "run.json").read_text())["history"][0]["machine"]
         assert machine["cpu"] == ("AVX512" if name == "native" else "AVX2")
-        found[name] = [(folder / part).read_bytes() for part in ("model.pth", "records.jsonl", "controls.jsonl")]
+        parts = "model.pth", "records.jsonl", "controls.jsonl"
+        found[name] = [(folder / part).read_bytes() for part in parts]
     assert found["usual"] == found["avx2"] and found["usual"][0] != found["native"][0]

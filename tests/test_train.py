@@ -64,8 +64,8 @@ def command(base, tmp_path_factory):
         (assets / "arc" / f"ARC-Challenge-{part}.jsonl").write_text("".join(lines))
 
     def arguments(runs, *more, settings=()):
-        return ["--round", "R2", "--seed", "5", "--assets", str(assets), "--base", str(base), "--runs", str(runs),
-                "--offline", "--device", "cpu", "--set", *SMALL, *settings, *map(str, more)]
+        return ["--round", "R2", "--seed", "5", "--assets", str(assets), "--base", str(base), "--offline",
+                "--runs", str(runs), "--device", "cpu", "--set", *SMALL, *settings, *map(str, more)]
     return arguments
 
 
@@ -178,16 +178,17 @@ def test_arms_differ_in_nothing_but_future_seed(finished, command, tmp_path):
     for name in ("model.pth", "metrics.jsonl", "records.jsonl"):
         assert (arms[0] / name).read_bytes() == (arms[1] / name).read_bytes()
 
-    without, with_fs = (read_lines(finished / "R2" / "seed5" / arm / "records.jsonl")[-6:] for arm in train.ARMS)
-    controls = read_lines(finished / "R2" / "seed5" / "prompt_fs" / "controls.jsonl")
+    folder = finished / "R2" / "seed5"
+    without, with_fs = (read_lines(folder / arm / "records.jsonl")[-6:] for arm in train.ARMS)
+    controls = read_lines(folder / "prompt_fs" / "controls.jsonl")
     ends = without, with_fs, controls[:6], controls[6:12], controls[12:]
     assert len({tuple(line["loss"] for line in lines) for lines in ends}) == 5
 
 
 def test_processes_share_rounds_and_seeds(command, tmp_path, monkeypatch):
     """torchrun's variables, set by hand. Catches seeds that two processes train, or none, files that are not,
-    bit for bit, those of one process, and fresh weights drawn from the run's seed. The official tokenizer, for
-    once."""
+    bit for bit, those of one process, and fresh weights drawn from the run's seed. The official tokenizer,
+    for once."""
     words = Tokenizer()
     monkeypatch.setattr(train, "Tokenizer", lambda: words)
     argv = ["--base", "init:L2-D16", "--round", "R3", "R2", "--seeds", "5-6", "--arm", "no_fs"]
@@ -202,16 +203,16 @@ def test_processes_share_rounds_and_seeds(command, tmp_path, monkeypatch):
         assert {str(path.relative_to(tmp_path / "two")) for path in new} == wanted
     for name in ("R2", "R3"):
         assert outcome(tmp_path / "two", name) == outcome(tmp_path / "one", name)
-    fresh = [read_lines(tmp_path / "one/R2" / seed / "no_fs/records.jsonl")[:2] for seed in ("seed5", "seed6")]
+    fresh = [read_lines(tmp_path / f"one/R2/seed{seed}/no_fs/records.jsonl")[:2] for seed in (5, 6)]
     assert fresh[0] == fresh[1]
 
 
 # ---- what survives -----------------------------------------------------------------------------------------
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, command, tmp_path, monkeypatch):
-    """Every life of the run dies while it writes a file, or right after: nothing else of it lasts, so these are
-    all moments there are. Catches state that a checkpoint forgets, half-written files, and files of one moment
-    beside those of another."""
+    """Every life of the run dies while it writes a file, or right after: nothing else of it lasts, so these
+    are all moments there are. Catches state that a checkpoint forgets, half-written files, and files of one
+    moment beside those of another."""
     deaths = tmp_path / "deaths"
     deaths.touch()
     write = files.atomic_write
@@ -236,7 +237,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, command, tmp_
     while (code := in_child(command(runs))) == 9:
         pass
     assert code == 0 and outcome(runs) == outcome(finished)
-    assert len(deaths.read_text().splitlines()) == 2 * (2 * (3 + 4) + 2)    # of two arms; fs.pth, controls.jsonl
+    # of three checkpoints and four other files in each arm, and of fs.pth and controls.jsonl
+    assert len(deaths.read_text().splitlines()) == 2 * (2 * (3 + 4) + 2)
 
 
 def interrupt_at(patch, name, call, number=signal.SIGINT):
@@ -255,15 +257,17 @@ def interrupt_at(patch, name, call, number=signal.SIGINT):
     return calls
 
 
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
 @pytest.mark.parametrize("place, call, more, number, scored", [
-    ("Arm.train_step", 2, [], signal.SIGINT, 1), ("Arm.train_step", 6 + 2, ["--fresh"], signal.SIGTERM, 4),
-    ("Arm.train_step", 3, [], signal.SIGINT, 1), ("Arm.save", 2, [], signal.SIGINT, 1),
-    ("Arm.save", 9, [], signal.SIGINT, 6),
-    ("score", 2, [], signal.SIGINT, 2), ("score", 8, [], signal.SIGTERM, 8), ("Arm.finish", 1, [], signal.SIGINT, 3),
-    ("real_material", 1, [], signal.SIGINT, 0), ("report", 1, [], signal.SIGINT, 9),
+    ("Arm.train_step", 2, [], INT, 1), ("Arm.train_step", 6 + 2, ["--fresh"], TERM, 4),
+    ("Arm.train_step", 3, [], INT, 1), ("Arm.save", 2, [], INT, 1), ("Arm.save", 9, [], INT, 6),
+    ("score", 2, [], INT, 2), ("score", 8, [], TERM, 8), ("Arm.finish", 1, [], INT, 3),
+    ("real_material", 1, [], INT, 0), ("report", 1, [], INT, 9),
 ])
-def test_a_polite_stop_saves_and_goes_on(place, call, more, number, scored, finished, command, tmp_path, monkeypatch,
-                                         capsys):
+def test_a_polite_stop_saves_and_goes_on(place, call, more, number, scored, finished, command, tmp_path,
+                                         monkeypatch, capsys):
     """Catches a stop that loses a step, that hides which signal it was, that advises a --fresh run to start
     over, and one that waits for an evaluation, in R8 for 20 minutes, also where it came just before it."""
     with monkeypatch.context() as patch:
@@ -327,9 +331,9 @@ def test_done_is_done_and_fresh_spares_what_is_not_its_own(copy, command, monkey
 # ---- whose folder it is ------------------------------------------------------------------------------------
 
 def test_a_seed_has_one_owner(finished, command, tmp_path, monkeypatch):
-    """While either arm is trained or scored, the same command in a second process, --fresh included, is refused
-    and touches nothing. Catches an arm deleted under a process that works on it, a lock taken too late or given
-    back between the arms."""
+    """While either arm is trained or scored, the same command in a second process, --fresh included, is
+    refused and touches nothing. Catches an arm deleted under a process that works on it, a lock taken too
+    late or given back between the arms."""
     for name in ("train_step", "scored"):
         def disturbed(self, *values, own=getattr(train.Arm, name)):
             if self.ledger.step == 3:
@@ -384,7 +388,8 @@ def test_another_run_is_refused(settings, more, says, copy, command, capsys):
 
 
 def takes_over(command, runs, *more, arm="no_fs", settings=()):
-    """Whether R9a, which differs from R2 in its Future-Seed only, takes an arm of R2's over or would train it."""
+    """Whether R9a, which differs from R2 in its Future-Seed only, takes an arm of R2's over or would train
+    it."""
     trained = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "run_arm", lambda *_: trained.append(1))
@@ -406,7 +411,7 @@ def test_other_surroundings_are_told_and_kept(key, change, command, tmp_path, mo
     change(monkeypatch)
     capsys.readouterr()
     assert train.main(argv) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if f"{key}: " in line and " there, " in line]
+    notes = [line for line in capsys.readouterr().err.splitlines() if f"{key}: " in line and " here" in line]
     assert len(notes) == 1 and "last bits may differ" in notes[0]
     before, after = read_run(tmp_path / "R2/seed5/no_fs")["history"]
     assert (before["from_step"], after["from_step"]) == (0, 2)
@@ -419,8 +424,9 @@ def test_other_surroundings_are_told_and_kept(key, change, command, tmp_path, mo
 def test_an_arm_that_two_rounds_share_is_trained_once(copy, command):
     """Catches the same arm trained twice, a copy of what is damaged, or of other code, machine, data or
     settings, and a prompt_fs taken over from other Future-Seed settings."""
+    cpu = torch.backends.cpu
     for place, name, value in ((train, "CODE", "0123"), (train, "fingerprint", lambda examples: "other"),
-                               (torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"), (torch, "__version__", "1")):
+                               (cpu, "get_cpu_capability", lambda: "DEFAULT"), (torch, "__version__", "1")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(place, name, value)
             assert not takes_over(command, copy)
@@ -454,7 +460,8 @@ def test_an_arm_that_two_rounds_share_is_trained_once(copy, command):
     (["--runs", "file/runs"], ["file/runs", "--runs"]),
 ])
 def test_what_cannot_be_run_is_told_at_once(argv, says, command, tmp_path, monkeypatch, capsys):
-    """Catches a traceback, an error without its cause or its remedy, and one that comes after the training."""
+    """Catches a traceback, an error without its cause or its remedy, and one that comes after the
+    training."""
     monkeypatch.chdir(tmp_path)
     usual = command("runs")
     (tmp_path / "file").touch()
@@ -492,9 +499,11 @@ def test_out_of_memory_says_what_to_lower(command, tmp_path, capsys, monkeypatch
         assert "micro_batch_size" in refusal(capsys, train.main, command(tmp_path))
 
 
-@pytest.mark.parametrize("steps, says", [(6, "step 2 (examples standin-train"), (1, "validation loss after step 1")])
+@pytest.mark.parametrize("steps, says", [
+    (6, "step 2 (examples standin-train"), (1, "validation loss after step 1")])
 def test_a_loss_that_is_not_a_number_stops_the_arm(steps, says, command, tmp_path, capsys):
-    """Catches an arm that trains on after a NaN, or that keeps ruined weights as done or as its checkpoint."""
+    """Catches an arm that trains on after a NaN, or that keeps ruined weights as done or as its
+    checkpoint."""
     error = refusal(capsys, train.main, command(tmp_path, settings=["lr=1e30", f"steps={steps}"]))
     assert says in error and "--set lr=" in error and "checkpoint is kept" in error
     folder = tmp_path / "R2/seed5/no_fs"
@@ -511,8 +520,8 @@ def make_arm(base, folder, *settings):
     rules = dict(max_prompt=256, max_answer=4, order="context_first")
     batch = [data.make_example("arc", record, standin.small_tokenizer(), **rules)
              for n in (2, 4, 7, 3, 3) for record in standin.standin_records("arc", "train", 1, n, n)]
-    job = train.Job(recipe, 5, False, None, torch.device("cpu"), folder, RWKV7.load(base), "tiny.pth", batch, batch,
-                    standin.small_tokenizer())
+    job = train.Job(recipe, 5, False, None, torch.device("cpu"), folder, RWKV7.load(base), "tiny.pth", batch,
+                    batch, standin.small_tokenizer())
     return train.Arm(job, "prompt_fs"), batch
 
 
@@ -521,15 +530,17 @@ def make_arm(base, folder, *settings):
     ["checkpoint_activations=true", "grad_clip=0", "fs_gate=heads", "warm_up=2"],
 ])
 def test_a_step_follows_the_recipe(settings, base, tmp_path):
-    """What AdamW is given at its first three steps. Catches the gradient of a sum, or of a mean of the pieces'
-    means, old gradients added on, a clip without Future-Seed's parameters, decay of what is no matrix, rates
-    swapped or in their place too early, a wrong beta2, activations kept although the round says not to."""
+    """What AdamW is given at its first three steps. Catches the gradient of a sum, or of a mean of the
+    pieces' means, old gradients added on, a clip without Future-Seed's parameters, decay of what is no
+    matrix, rates swapped or in their place too early, a wrong beta2, activations kept although the round says
+    not to."""
     arm, batch = make_arm(base, tmp_path, "lr=0.1", "weight_decay=0.5", "beta2=0.8", "alpha_lr=0.03",
                           "fs_gate_lr=0.007", "fs_detach=false", *settings)
     recipe = arm.job.recipe
     assert arm.model.checkpoint_activations == recipe.checkpoint_activations
     prompt, lengths, answer, answer_lengths = data.collate(batch)
-    loss = answer_loss(answer_logits(arm.model, arm.fs, prompt, lengths, answer)[0], answer, answer_lengths).mean()
+    logits, _ = answer_logits(arm.model, arm.fs, prompt, lengths, answer)
+    loss = answer_loss(logits, answer, answer_lengths).mean()
     named = dict([*arm.model.named_parameters(), *arm.fs.named_parameters()])
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -555,7 +566,8 @@ def test_a_step_follows_the_recipe(settings, base, tmp_path):
     for _ in range(3):
         arm.train_step(batch)
     assert len(seen) == 3 and type(arm.optimizer) is torch.optim.AdamW
-    assert arm.ledger.metrics == [{"step": step, "train_loss": pytest.approx(loss.item())} for step in (1, 2, 3)]
+    expected = pytest.approx(loss.item())
+    assert arm.ledger.metrics == [{"step": step, "train_loss": expected} for step in (1, 2, 3)]
 
 
 def test_minutes_are_minutes_of_training_and_their_arms_are_not_copied(command, tmp_path, monkeypatch):
