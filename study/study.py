@@ -71,7 +71,8 @@ def end_of(arm: dict) -> float:
 
 
 def bits_of(arm: dict) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(arm["right"]), np.uint8))[:arm["questions"]].astype(float)
+    right = np.frombuffer(bytes.fromhex(arm["right"]), np.uint8)
+    return np.unpackbits(right)[:arm["questions"]].astype(float)
 
 
 def table(arms: list[dict], steps: int = 250) -> str:
@@ -102,8 +103,8 @@ def table(arms: list[dict], steps: int = 250) -> str:
     corrected = iter(holm(others))
     for row, (name, p) in zip(rows, tests):
         row.append(f"{p:.5f} (registered)" if rounds[name].primary else f"{next(corrected):.5f}")
-    head = ["round", "seeds", "no_fs, median (jumped)", "prompt_fs", "its seed states off", "d_acc, typical seed",
-            "seeds that gain", "p, jumps", "p, sign test (Holm)"]
+    head = ["round", "seeds", "no_fs, median (jumped)", "prompt_fs", "its seed states off",
+            "d_acc, typical seed", "seeds that gain", "p, jumps", "p, sign test (Holm)"]
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -112,8 +113,8 @@ def every_seed(arms: list[dict]) -> str:
     seeds = sorted({arm["seed"] for arm in arms})
     rows = {}
     for arm in arms:
-        title = f"{arm['round']} {arm['arm']}, {arm['order']}, {arm['facts']} facts, {arm['channels']} wide, " \
-                f"{arm['steps']} steps"
+        size = f"{arm['facts']} facts, {arm['channels']} wide, {arm['steps']} steps"
+        title = f"{arm['round']} {arm['arm']}, {arm['order']}, {size}"
         rows.setdefault(title, {})[arm["seed"]] = f"{end_of(arm):.2f}"
         for control, value in arm.get("controls", {}).items():
             rows.setdefault(f"{title}, seed states {control}", {})[arm["seed"]] = f"{value:.2f}"
@@ -140,7 +141,7 @@ def draw_seeds(arms: list[dict], steps: int = 250) -> None:
         for values, mark, colour, shift, label in (
             ([end_of(arm) for arm in without.values()], "o", "tab:gray", -0.2, "no_fs"),
             ([end_of(arm) for arm in with_fs.values()], "D", "tab:orange", 0.0, "prompt_fs"),
-            ([arm["controls"]["off"] for arm in with_fs.values()], "x", "tab:blue", 0.2, "its seed states off"),
+            ([arm["controls"]["off"] for arm in with_fs.values()], "x", "tab:blue", 0.2, "seed states off"),
         ):
             panel.plot(values, [place + shift] * len(values), mark, color=colour, markersize=4, alpha=0.7,
                        label=None if place else label)
@@ -153,7 +154,7 @@ def draw_seeds(arms: list[dict], steps: int = 250) -> None:
     panel.set_ylim(len(rounds) - 0.4, -0.6)
     panel.set_xlim(0, 1.02)
     panel.set_xlabel("accuracy in the miniature, a mark a seed")
-    panel.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=8, loc="outside upper right", ncols=4)
     figure.savefig(HERE / "seeds.png", dpi=110)
 
 
@@ -208,8 +209,8 @@ def draw_cost(arms: list[dict], steps: int = 250) -> None:
 # ---- where an answer comes from ----------------------------------------------------------------------------
 
 def influence(model, fs, example, layer_inputs: list):
-    """How much each prompt token's input to each layer counts for the right answer: |gradient x input|, summed
-    over channels, (L, T)."""
+    """How much each prompt token's input to each layer counts for the right answer: |gradient x input|, of its
+    channels together, (L, T)."""
     from data import collate
     from fs import answer_logits
     layer_inputs.clear()
@@ -248,7 +249,7 @@ def where(folder: Path) -> None:
         panel.imshow(counts / counts.max(axis=1, keepdims=True), aspect="auto", cmap="Oranges")
         panel.set_ylabel(f"{arm}: layer")
     panel.set_xticks(range(len(words)), [repr(word)[1:-1] for word in words], rotation=90, fontsize=7)
-    figure.suptitle(f"how much each token counts for the answer {example.text!r}, by layer (each layer to its largest)")
+    figure.suptitle(f"how much each token counts for the answer {example.text!r}, a row a layer")
     figure.savefig(HERE / "where.png", dpi=110)
 
 

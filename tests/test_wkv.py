@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
@@ -58,15 +58,26 @@ def run(function, tensors, dtype=None):
     return y.detach(), state.detach(), *torch.autograd.grad((y, state), tensors, weights)
 
 
-def assert_close(values, references, tolerance):
+def relative_errors(values, references):
     """In relative L2, or relative to 0.1 a number where the truth is less (dlog_w of a first token is 0)."""
-    for name, value, reference in zip(NAMES, values, references):
-        error = (value.double() - reference.double()).norm()
+    errors = []
+    for value, reference in zip(values, references):
         scale = max(reference.double().norm(), 0.1 * math.sqrt(reference.numel()))
-        assert error <= tolerance * scale, f"{name}: relative error {error / scale:.1e}"  # false for NaN too
+        errors.append(((value.double() - reference.double()).norm() / scale).item())
+    return errors
+
+
+def assert_close(values, references, tolerance, rivals=None):
+    """Within the tolerance; where the numbers are ill-conditioned, within twice the rivals' own error."""
+    allowed = [tolerance] * len(NAMES)
+    if rivals is not None:
+        allowed = [max(tolerance, 2 * error) for error in relative_errors(rivals, references)]
+    for name, error, most in zip(NAMES, relative_errors(values, references), allowed):
+        assert error <= most, f"{name}: relative error {error:.1e}"  # false for NaN too
 
 
 @settings(deadline=None, max_examples=60)
+@example(B=1, T=32, H=1, N=32, seed=117, kind="same key, no decay", with_state=False, short_spans=False)
 @given(
     B=st.integers(1, 3), T=st.integers(1, 80), H=st.integers(1, 3), N=st.sampled_from((4, 8, 16, 32, 64)),
     seed=st.integers(0, 999), kind=st.sampled_from(KINDS), with_state=st.booleans(), short_spans=st.booleans()
@@ -80,7 +91,8 @@ def test_chunked_is_the_recurrence(B, T, H, N, seed, kind, with_state, short_spa
         patch.setattr(operator, "CPU_SPAN", 1 if short_spans else operator.CPU_SPAN)
         assert_close(run(wkv_chunked, tensors), run(wkv_reference, tensors), 1e-10)
         rounded = [x.float() for x in tensors]
-        assert_close(run(wkv_chunked, rounded), run(wkv_reference, rounded, torch.float64), 1e-5)
+        exact, rivals = run(wkv_reference, rounded, torch.float64), run(wkv_reference, rounded)
+        assert_close(run(wkv_chunked, rounded), exact, 1e-5, rivals)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -366,6 +366,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path):
 
 def loader_options(architecture):
     """What wkv_cuda.py tells its compiler."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WKV_CACHE", "/dev/null/nowhere")
         patch.setattr(wkv_cuda, "compile_source", lambda source, options: options)
