@@ -209,8 +209,8 @@ def draw_cost(arms: list[dict], steps: int = 250) -> None:
 # ---- where an answer comes from ----------------------------------------------------------------------------
 
 def influence(model, fs, example, layer_inputs: list):
-    """How much each prompt token's input to each layer counts for the right answer: |gradient x input|, of its
-    channels together, (L, T)."""
+    """How much each prompt token's input to each layer counts for the right answer: |gradient x input|, its
+    channels summed, (L, T)."""
     from data import collate
     from fs import answer_logits
     layer_inputs.clear()
