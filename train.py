@@ -21,7 +21,6 @@ Reference: the Future-Seed post-training experiment log; rounds.toml holds its r
 import argparse
 import copy
 import hashlib
-import json
 import os
 import platform
 import re

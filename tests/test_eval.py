@@ -22,7 +22,7 @@ from files import ARMS, write_lines
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, Config
 from rounds import load_rounds
-from standin import chance, small_tokenizer
+from standin import small_tokenizer
 from stats import judge
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
