@@ -10,10 +10,10 @@ Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its l
 
 import hashlib
 import http.client
-import io
 import json
 import math
 import random
+import re
 import socket
 import tempfile
 import urllib.request
@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import BinaryIO, Callable, Iterator, Sequence
 
 import torch
 import torch.hub
@@ -45,7 +45,7 @@ HOTPOTQA_SHA256 = {             # fetched without TLS, so its bytes are checked
     "hotpot_train_v1.1.json": "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
     "hotpot_dev_distractor_v1.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
 }
-CHUNK = 1 << 18                 # bytes read at once from the network
+CHUNK = 1 << 18                 # bytes at the end of an archive that hold its table of contents, and more
 LARGEST_MEMBER = 1 << 26        # bytes of one member of an archive: it is read into memory
 SECONDS_TO_ANSWER = 10          # a server that does not answer in time is given up
 
@@ -152,43 +152,28 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
 
 # ---- files of records --------------------------------------------------------------------------------------
 
-def answer_to(url: str, byte_range: str) -> http.client.HTTPResponse:
-    return urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={byte_range}"}))
-
-
-class RemoteFile(io.RawIOBase):
-    """A file on a server that answers range requests, seekable, so that zipfile can read it in place."""
-
-    readable = seekable = lambda self: True
-
-    def __init__(self, url: str):
-        self.url, self.position = url, 0
-        with answer_to(url, "0-0") as answer:
-            self.size = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        end = min(self.position + len(buffer), self.size)
-        if end <= self.position:
-            return 0
-        with answer_to(self.url, f"{self.position}-{end - 1}") as answer:
-            count = answer.readinto(buffer)    # of a broken answer the beginning; zipfile asks for the rest
-        if answer.status != 206 or not count:
+def fetch_part(url: str, part: str, file: BinaryIO) -> None:
+    """Ask for a part of a file, as in "0-99" or "-100", and write it where it stands in the whole."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={part}"})) as answer:
+        place = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if answer.status != 206 or not place:
             raise OSError("the server did not send the part asked for")
-        self.position += count
-        return count
+        file.seek(int(place[1]))
+        file.write(answer.read())
 
 
 def read_member(url: str, name: str) -> bytes:
     """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680)."""
     try:
-        with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK)) as archive:
-            if archive.getinfo(name).file_size > LARGEST_MEMBER:
-                raise ValueError(f"{name} is larger than it should be")
-            return archive.read(name)
+        with tempfile.TemporaryFile() as file:    # as long as the archive, but with nothing in its gaps
+            fetch_part(url, f"-{CHUNK}", file)    # an archive ends with its table of contents
+            with zipfile.ZipFile(file) as archive:
+                member = archive.getinfo(name)
+                if member.file_size > LARGEST_MEMBER:
+                    raise ValueError(f"{name} is larger than it should be")
+                end = member.header_offset + member.compress_size + CHUNK
+                fetch_part(url, f"{member.header_offset}-{end}", file)
+                return archive.read(name)
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"damaged archive: {error}") from error
 
@@ -243,22 +228,18 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
 
 
 def read_records(path: Path) -> list:
-    """Every record of a .json or .jsonl file. ValueError names the file and, in .jsonl, the record."""
-    records = []
+    """Every record of a .json or .jsonl file. ValueError names the file."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             records = json.loads(text)
         else:
-            for line in filter(str.strip, text.splitlines()):
-                records.append(json.loads(line))
+            records = [json.loads(line) for line in filter(str.strip, text.splitlines())]
         if not isinstance(records, list) or not records:
             raise ValueError("no records")
+        return records
     except (ValueError, RecursionError) as error:
-        where = f"record {len(records) + 1}: " if path.suffix == ".jsonl" else ""
-        raise ValueError(f"{path}: {where}damaged or cut off ({error}); delete the file to have it fetched "
-                         "again") from None
-    return records
+        raise ValueError(f"{path}: damaged or cut off ({error}); delete it to fetch it again") from None
 
 
 # ---- examples ----------------------------------------------------------------------------------------------

@@ -35,8 +35,7 @@ from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, read_tensors
 from rounds import Round, expand, load_rounds, seeds_of
 from standin import chance, small_tokenizer
-from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, bootstrap_interval, chance_to_gain, holm, judge, mcnemar,
-                   sign_test, signs)
+from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, chance_to_gain, holm, judge, mcnemar, sign_test, signs)
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
 SHOWN = "S3"    # the round in which Future-Seed is seen at work
@@ -146,31 +145,33 @@ def f1_score(answer: str, gold: str) -> float:
 
 def labels_of(run: dict, recipe: Round) -> list[str]:
     """What a reader must know before comparing a round's numbers with the log's."""
-    labels = []
+    labels, settings = [], run["settings"]
     if run["standin"]:
         labels.append("ON THE STAND-IN, made-up questions and a tiny base: not comparable with the log")
     elif run["base"].get("name") != recipe.base:
         labels.append(f"ANOTHER BASE, {run['base'].get('name')}: not comparable with the log")
     if run["minutes"] is not None:
         labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
-    changed = [f"{key}={run['settings'].get(key)}" for key, value in recipe.settings().items()
-               if run["settings"].get(key) != value]
-    if changed:
-        labels.append(f"settings changed from the round's: {', '.join(changed)}")
-    return labels
+    published = recipe.settings()
+    changed = [f"{key}={settings.get(key)}" for key in published if settings.get(key) != published[key]]
+    return labels + [f"settings changed from the round's: {', '.join(changed)}"] * bool(changed)
 
 
 def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
     """All numbers of the report on a round's folder, as plain JSON values. Raises as files.read_round."""
-    runs = read_round(folder, seeds)
+    found, notes, damaged = read_round(folder, seeds)
+    runs, evaluations, controls = zip(*found.values())
+    run, ids = runs[0][0], sorted(evaluations[0][0])
     real, miniatures = load_rounds()
-    recipe = (miniatures if runs.run["standin"] else real)[folder.name]    # as published
-    x = runs.scores[:, 1] - runs.scores[:, 0]         # (S, n, M)
-    means = runs.scores.mean(axis=2)                  # (S, 2, M)
+    recipe = (miniatures if run["standin"] else real)[folder.name]    # as published
+    scores = np.array([[[arm[id] for id in ids] for arm in seed] for seed in evaluations])    # (S, 2, n, M)
+    means = scores.mean(axis=2)                       # (S, 2, M)
+    x = scores[:, 1] - scores[:, 0]                   # (S, n, M)
     deltas = x.mean(axis=1)                           # (S, M)
-    low, high = bootstrap_interval(x.swapaxes(0, 1))  # (S, M) each
-    columns = {"no_fs": means[:, 0], "prompt_fs": means[:, 1], "d": deltas, "low": low, "high": high}
-    per_seed = [{"seed": seed, "steps": steps} for seed, steps in zip(runs.seeds, runs.steps)]
+    half = 1.96 * x.std(axis=1, ddof=1) / math.sqrt(x.shape[1])    # of the interval over questions
+    columns = {"no_fs": means[:, 0], "prompt_fs": means[:, 1], "d": deltas, "low": deltas - half,
+               "high": deltas + half}
+    per_seed = [{"seed": seed, "steps": [arm["steps"] for arm in pair]} for seed, pair in zip(found, runs)]
     for s, line in enumerate(per_seed):
         for m, metric in enumerate(METRICS):
             line[metric] = {name: float(column[s, m]) for name, column in columns.items()}
@@ -178,16 +179,19 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
     learned = means[..., 0] > JUMP                    # (S, 2)
     return {
         "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": recipe.primary,
-        "standin": runs.run["standin"], "seeds": runs.seeds, "examples": x.shape[1],
-        "labels": labels_of(runs.run, recipe), "notes": runs.notes, "damaged": runs.damaged,
-        "settings": runs.run["settings"], "per_seed": per_seed,
+        "standin": run["standin"], "seeds": list(found), "examples": len(ids), "notes": notes,
+        "labels": labels_of(run, recipe), "damaged": damaged, "settings": run["settings"],
+        "per_seed": per_seed,
         "over_seeds": {metric: {"mean": float(d.mean()), "std": float(d.std()), "signs": signs(d)}
                        for metric, d in zip(METRICS, deltas.T)},
         "verdict": verdict, "median": float(np.median(deltas[:, 0])),
         "interval": typical if len(x) >= MIN_SEEDS else None, "p": float(sign_test(deltas[:, 0])),
         "gain": [float(number) for number in chance_to_gain(deltas[:, 0])],
         "jumped": learned.sum(axis=0).tolist(), "p_jumped": float(mcnemar(learned[:, 0], learned[:, 1])),
-        "controls": runs.controls, "log": log_numbers(recipe) if recipe.log else None,
+        "controls": {control: [float(np.mean([values[0] for values in seed[control].values()]))
+                               for seed in controls]
+                     for control in CONTROLS if all(control in seed for seed in controls)},
+        "log": log_numbers(recipe) if recipe.log else None,
     }
 
 
@@ -235,12 +239,9 @@ def text_of_round(result: dict, p_in_words: str) -> str:
     for control, values in result["controls"].items():
         numbers = " ".join(f"{value:.4f}" for value in values)
         lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS.get(control, control)}: {numbers}")
-    log = result["log"]
-    if log:
+    if result["log"]:
         real = " (on real records)" if result["standin"] else ""
-        deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
-        lines.append(f"the log{real}: d_acc {deltas}, mean {log['mean']:+.4f}, std {log['std']:.4f}, "
-                     f"\"{log['status']}\"; by our rule {log['verdict']}")
+        lines.append(f"the log{real}: {text_of_log(result['log'])}")
     return "\n  ".join(lines) + "\n"
 
 
@@ -256,16 +257,12 @@ def text_of(results: list[dict]) -> str:
     return "\n".join(texts)
 
 
-def text_of_log(rounds: list[Round]) -> str:
-    """The log's table, recomputed from its per-seed numbers."""
-    lines = [f"{'round':<5}  {'d_acc by seed':<40}  {'mean':<7}  {'std':<6}  +/0/-  as logged  by our rule; "
-             "the log's words"]
-    for recipe in rounds:
-        log = log_numbers(recipe)
-        deltas, (mean, std) = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
-        lines.append(f"{recipe.name:<5}  {deltas:<40}  {mean:+.4f}  {std:.4f}  {log['signs']}  "
-                     f"{'yes' if log['as_logged'] else 'NO':<9}  {log['verdict']}; \"{log['status']}\"")
-    return "\n".join(lines) + "\n"
+def text_of_log(log: dict) -> str:
+    """The log's line of a round; its mean and deviation are recomputed from its per-seed numbers."""
+    deltas, (mean, std) = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
+    doubt = "" if log["as_logged"] else f" (NOT as logged, {log['mean']:+.4f} and {log['std']:.4f})"
+    return (f"d_acc {deltas}, mean {mean:+.4f}, std {std:.4f}{doubt}, sign(+/0/-) {log['signs']}, "
+            f"\"{log['status']}\"; by our rule {log['verdict']}")
 
 
 def report(folder: Path) -> tuple[dict, str]:
@@ -282,25 +279,24 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
     """A seed on the stand-in in plain words: what was asked, what came out, what that does not say."""
     s, settings = result["seeds"].index(seed), result["settings"]
     acc, off = result["per_seed"][s]["acc"], result["controls"]["off"][s]
-    answers = []
+    written = []
     for arm in ARMS:
         lines = (folder / arm / "records.jsonl").read_text(encoding="utf-8").splitlines()[-len(validation):]
-        answers.append([json.loads(line)["text"].strip() for line in lines])
-    differ = [i for i, (without, with_fs) in enumerate(zip(*answers)) if without != with_fs]
+        written.append([json.loads(line)["text"].strip() for line in lines])
+    answers = [answer for answer in zip(validation, *written) if answer[1] != answer[2]]
     lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact "
              f"picked at random is right {chance(result['task'], settings['facts']):.0%} of the time.",
              f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it "
              f"{acc['prompt_fs']:.0%}.",
-             f"The arms answer {len(differ)} questions differently" + (", such as" if differ else ".")]
-    for i in differ[:4]:
-        question = " ".join(tokenizer.decode(validation[i].prompt).replace("\n\n", ", ").split())
-        lines += [f"  {question}", f"    right is {validation[i].text}; no_fs says {answers[0][i]}, "
-                  f"prompt_fs says {answers[1][i]}"]
+             f"The arms answer {len(answers)} questions differently{', such as' * bool(answers)}"]
+    for example, without, with_fs in answers[:4]:
+        question = " ".join(tokenizer.decode(example.prompt).replace("\n\n", ", ").split())
+        lines += [f"  {question}",
+                  f"    right is {example.text}; no_fs says {without}, prompt_fs says {with_fs}"]
     lines.append(f"With its seed states switched off after training, prompt_fs answers {off:.0%} right.")
     if abs(acc["prompt_fs"] - off) < EFFECT:
         gate = 1 / (1 + math.exp(-settings["alpha_init"]))
-        is_ = "starts at" if settings["alpha_lr"] else "is"
-        lines += [f"So it does not use them. In this round their gate {is_} {gate:.3f}, from layer "
+        lines += [f"So it does not use them. Their gate began at {gate:.3f}, from layer "
                   f"{settings['fs_layer_start']} on.",
                   f"Future-Seed at work, in the same time: python train.py --round {SHOWN} --seed {seed}"]
     else:
@@ -315,22 +311,19 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
 
 # ---- ask ---------------------------------------------------------------------------------------------------
 
-def ask(checkpoint: Path, text: str, max_new=24, temperature=0.0, top_p=1.0) -> str:
-    """A trained model's answer: its next tokens after the prompt, up to the end of the line.
+def ask(checkpoint: Path, text: str) -> str:
+    """A trained model's answer: its likeliest tokens after the prompt, up to the end of the line.
 
     Args: checkpoint, an official-format file; the run.json and fs.pth that a run leaves beside it decide on
         Future-Seed; text, a whole prompt if it ends in "Answer:", else a question, put as the rounds put
-        theirs; max_new, tokens (a model of the stand-in writes one); temperature and top_p as in generate.
-    Raises: ValueError or OSError naming the file or the value.
+        theirs. Raises: ValueError or OSError naming the file.
     """
-    if max_new < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError("--max-new must be 1 or more, --temperature 0 or more, --top-p above 0 and up to 1")
     prompt = text if text.rstrip().endswith("Answer:") else f"Question:\n{text.strip()}\n\nAnswer:"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = RWKV7.load(checkpoint).to(device)
-    tokenizer = Tokenizer()
+    tokenizer, longest = Tokenizer(), 24
     if model.config.vocab_size == len(small_tokenizer().tokens):
-        tokenizer, max_new = small_tokenizer(), 1    # its answers are one token, and nothing marks their end
+        tokenizer, longest = small_tokenizer(), 1    # its answers are one token, and nothing marks their end
     fs, own = None, checkpoint.with_name("fs.pth")
     if own.exists():
         with damage_told(own):
@@ -343,8 +336,8 @@ def ask(checkpoint: Path, text: str, max_new=24, temperature=0.0, top_p=1.0) -> 
         raise ValueError(f"{checkpoint}: its vocabulary has {model.config.vocab_size} entries, not 65536")
     with torch.no_grad():
         hidden, state = prefill(model, tokens, lengths, fs)
-        new = model.generate(model.head(hidden[:, -1]), state, max_new, temperature=temperature, top_p=top_p,
-                             stop=(END_OF_DOCUMENT, *tokenizer.encode("\n")))
+        stop = (END_OF_DOCUMENT, *tokenizer.encode("\n"))
+        new = model.generate(model.head(hidden[:, -1]), state, longest, stop=stop)
     return words_in(new[0].tolist(), tokenizer).strip().split("\n")[0]
 
 
@@ -352,7 +345,7 @@ def ask(checkpoint: Path, text: str, max_new=24, temperature=0.0, top_p=1.0) -> 
 
 EXAMPLES = f"""examples:
   python eval.py R8                    one round, every finished seed in runs/ and in runs/standin/
-  python eval.py --all --json          every round found, for programs
+  python eval.py --json                every round found, for programs
   python eval.py --log                 the log's own table, recomputed
   python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
 
@@ -364,22 +357,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Report on rounds that were run: both arms, paired differences, the verdict, the log.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("rounds", nargs="*", metavar="R", help="rounds, as train.py --list names them")
-    option("--all", action="store_true", help="every round that has runs")
+    option("rounds", nargs="*", metavar="R", help="rounds (default: all that have runs)")
     option("--runs", type=Path, metavar="DIR", help="where they are (default: runs and runs/standin)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
-    option("--log", action="store_true", help="the log's own table, recomputed from its per-seed numbers")
+    option("--log", action="store_true", help="the log's own numbers, recomputed from those by seed")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
     option("--checkpoint", type=Path, metavar="PATH", help="of the model to ask, as a run's model.pth")
-    option("--max-new", type=int, default=24, metavar="N", help="at most so many tokens (default: 24)")
-    option("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
-    option("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
     args = parser.parse_args(argv)
     if (args.ask is None) != (args.checkpoint is None):
         parser.error("--ask TEXT and --checkpoint PATH go together")
-    if not (args.rounds or args.all or args.log or args.ask is not None):
-        parser.error("name a round, or give --all, --log or --ask (see --help)")
     return args
 
 
@@ -387,8 +374,8 @@ def print_reports(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
     real = load_rounds()[0]
     folders = [args.runs] if args.runs else [Path("runs"), Path("runs/standin")]
-    found = [folder / name for name in (real if args.all else expand(args.rounds, real)) for folder in folders
-             if seeds_on_disk(folder / name)]
+    names = expand(args.rounds, real) if args.rounds else real
+    found = [folder / name for name in names for folder in folders if seeds_on_disk(folder / name)]
     if not found:
         raise FileNotFoundError(f"{' and '.join(map(str, folders))}: no such runs; see train.py, or --runs")
     results, troubles = [], []
@@ -409,11 +396,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.ask is not None:
-            print(ask(args.checkpoint, args.ask, args.max_new, args.temperature, args.top_p))
+            print(ask(args.checkpoint, args.ask))
         elif args.log:
             rounds = load_rounds()[0]
-            names = expand(args.rounds, rounds) if args.rounds else rounds
-            print(text_of_log([rounds[name] for name in names if rounds[name].log]), end="")
+            for name in expand(args.rounds, rounds) if args.rounds else rounds:
+                if rounds[name].log:
+                    print(f"{name}: {text_of_log(log_numbers(rounds[name]))}")
         else:
             return print_reports(args)
         return 0

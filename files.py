@@ -3,8 +3,6 @@
 A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
 name beside its own, flushed to the disk, and only then renamed, which the file system does in one step. And a
 run may have been stopped, moved or edited: nothing damaged, unfinished or unlike is ever averaged.
-
-Shapes: S seeds, n examples, M metrics.
 """
 
 import contextlib
@@ -16,11 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Iterator
 
-import numpy as np
 import torch
 
 try:
@@ -53,22 +49,21 @@ def duration(seconds: float) -> str:
 class Progress:
     """How far a long piece of work is. What the work is counted in is the caller's to choose."""
 
-    def __init__(self, total: float, left: str = "left"):
-        self.total, self.left = total, left    # left: in words, what the time left is of
+    def __init__(self, total: float = 0.0):
+        self.total = total
         self.done = self.first = 0.0
         self.started = self.shown = time.monotonic()
 
-    def due(self, work: float) -> bool:
-        """Count some more work as done, and return whether it is time for a line."""
+    def tick(self, work: float, text: str) -> None:
+        """Count some more work as done and, every few seconds, say where that is and what time is left."""
+        now = time.monotonic()
         if self.done == 0:    # what came before, and the first piece, are no measure of the pace
-            self.started, self.first = time.monotonic(), work
+            self.started, self.first = now, work
         self.done += work
-        return self.done > self.first and time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
-
-    def line(self, text: str) -> None:
-        self.shown = time.monotonic()
-        pace = (self.shown - self.started) / max(self.done - self.first, 1)
-        say(f"{text}; about {duration(pace * max(0.0, self.total - self.done))} {self.left}")
+        if self.done > self.first and now - self.shown > SECONDS_BETWEEN_LINES:
+            self.shown = now
+            pace = (now - self.started) / (self.done - self.first)
+            say(f"{text}; about {duration(pace * max(0.0, self.total - self.done))} left in all")
 
 
 # ---- files and folders -------------------------------------------------------------------------------------
@@ -77,7 +72,8 @@ class Progress:
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open, as "wb" or "w" (UTF-8), a temporary file that becomes `path` when the block ends well.
 
-    If the block raises, or the disk is full, `path` keeps what it held and the temporary file is removed.
+    If the block raises, `path` keeps what it held and the temporary file is removed. OSError, which names
+    `path`, where it cannot be written: for a full disk, too, which torch calls a RuntimeError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,19 +85,18 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.fsync(handle)
         os.chmod(temporary, 0o644)     # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
+            raise OSError(f"{path}: cannot be written ({reason}); what was saved before is kept") from error
         raise
 
 
 def save_tensors(value, path: str | Path) -> None:
-    """torch.save, whole or not at all. OSError also for a full disk, which torch calls a RuntimeError."""
-    try:
-        with atomic_write(path) as file:
-            torch.save(value, file)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:120]
-        raise OSError(f"{path}: cannot be written, is the disk full? ({reason})") from error
+    """torch.save, whole or not at all."""
+    with atomic_write(path) as file:
+        torch.save(value, file)
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -138,14 +133,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path, arms: list[str]) -> None:
-    """Delete what arms left in a seed's folder. A link goes, never what it points to."""
-    if folder.is_symlink():
-        raise ValueError(f"{folder} is a link, and --fresh follows none; delete what it points to by hand")
-    for path in [folder / arm for arm in arms]:
-        if path.is_symlink():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
+    """Delete what arms left in a seed's folder. ValueError where a link would lead elsewhere."""
+    places = [folder / arm for arm in arms]
+    for path in filter(Path.is_symlink, [folder, *places]):
+        raise ValueError(f"{path} is a link, and --fresh follows none; delete it by hand")
+    for path in filter(Path.exists, places):
+        shutil.rmtree(path)
 
 
 # ---- what a run is -----------------------------------------------------------------------------------------
@@ -242,19 +235,6 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
 
 # ---- runs, read back ---------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Runs:
-    """The finished seeds of one round, arms side by side."""
-
-    seeds: list[int]
-    steps: list[list[int]]     # a seed: its two arms' last evaluations
-    scores: np.ndarray         # in these, (S, 2, n, M), the examples in the order of their ids
-    controls: dict[str, list[float]]    # control: accuracy of prompt_fs under it, by seed
-    run: dict                  # run.json of one arm
-    notes: list[str]           # seeds left out, and differences that a report may have but must tell
-    damaged: list[str]         # seeds that cannot be read
-
-
 def read_records(path: Path, by: str = "step") -> dict[int | str, dict[str, list[float]]]:
     """records.jsonl as {step: {id: values of METRICS}}; controls.jsonl likewise, by "control"."""
     evaluations = {}
@@ -302,10 +282,11 @@ def seeds_on_disk(folder: Path) -> list[int]:
                   if path.is_dir() and re.fullmatch("seed(0|[1-9][0-9]{0,17})", path.name))
 
 
-def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
+def read_round(folder: Path, seeds: list[int] | None = None) -> tuple[dict[int, tuple], list[str], list[str]]:
     """The finished seeds (default: of all there are) in a round's folder, checked to be comparable.
 
-    Raises FileNotFoundError where no seed is finished, ValueError where two differ in more than the seed.
+    Returns: what read_seed gives, by seed; notes on seeds left out and on what may differ but must be told;
+        what is damaged. FileNotFoundError without a finished seed, ValueError where two differ in more.
     """
     found, notes, damaged = {}, [], []
     for seed in seeds_on_disk(folder) if seeds is None else seeds:
@@ -317,23 +298,15 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> Runs:
             damaged.append(str(error))
     if not found:
         raise FileNotFoundError(f"{folder}: no finished seed ({'; '.join(damaged + notes) or 'no runs'})")
-    (first, _), last, controls = next(iter(found.values()))
-    ids = sorted(last[0])
+    (first, _), (questions, _), _ = next(iter(found.values()))
     where = {key: first["history"][0][key] for key in ("code", "machine")}
     for seed, (runs, last, _) in found.items():
         unlike = in_words(same_of(first, True), same_of(runs[0], True))
-        if unlike or sorted(last[0]) != ids:
+        if unlike or last[0].keys() != questions.keys():
             raise ValueError(f"{folder}: seeds {first['seed']} and {seed} cannot be compared "
                              f"({unlike or 'other questions'}); run both alike, or keep one in --runs DIR")
         for entry in runs[0]["history"] + runs[1]["history"]:
             other = in_words(where, {key: entry[key] for key in where})
             if other:
                 notes.append(f"seed {seed} ran on another machine or code: {other}")
-    return Runs(
-        seeds=list(found),
-        steps=[[run["steps"] for run in runs] for runs, _, _ in found.values()],
-        scores=np.array([[[scores[id] for id in ids] for scores in last] for _, last, _ in found.values()]),
-        controls={control: [float(np.mean([scores[0] for scores in by_control[control].values()]))
-                            for _, _, by_control in found.values()]
-                  for control in controls if all(control in seed[2] for seed in found.values())},
-        run=first, notes=list(dict.fromkeys(notes)), damaged=damaged)
+    return found, list(dict.fromkeys(notes)), damaged

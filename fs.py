@@ -57,25 +57,21 @@ class FutureSeed(nn.Module):
     def __init__(self, config: Config, alpha=-2.0, layer_start=6, norm=True, detach=True, clip=1.0, scale=1.0,
                  schedule="none", schedule_min=1.0, schedule_max=1.0, gate="scalar", train_alpha=False):
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
-        if gate not in GATES:
-            raise ValueError(f"gate = {gate!r}: must be one of {', '.join(GATES)}")
-        if layer_start < 0:
-            raise ValueError(f"layer_start = {layer_start}: must be 0 or more")
-        if clip < 0:
-            raise ValueError(f"clip = {clip}: must be positive, or 0 for no clipping")
+        for name, value, choices in (("schedule", schedule, SCHEDULES), ("gate", gate, GATES)):
+            if value not in choices:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+        for name, value in (("layer_start", layer_start), ("clip", clip)):
+            if value < 0:
+                raise ValueError(f"{name} = {value}: must be 0 or more")
         self.layer_start = max(1, layer_start)
         self.norm = norm
         self.detach = detach
         self.clip = clip
         self.scale = scale
         self.gate = gate
-        self.depth_factor = [
-            depth_factor(layer, self.layer_start, config.n_layer, schedule, schedule_min, schedule_max)
-            for layer in range(config.n_layer)
-        ]
         L, C, H = config.n_layer, config.n_embd, config.n_head
+        self.depth_factor = [depth_factor(layer, self.layer_start, L, schedule, schedule_min, schedule_max)
+                             for layer in range(L)]
         if gate != "heads":
             self.alpha = nn.Parameter(torch.full((L,), float(alpha)), requires_grad=train_alpha)
         if gate in ("head", "heads"):
@@ -86,12 +82,11 @@ class FutureSeed(nn.Module):
 
     def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
+        gate = 1.0
         if self.gate in ("scalar", "head"):
             gate = torch.sigmoid(self.alpha[layer])
-        if self.gate == "head":
+        if self.gate in ("head", "heads"):
             gate = gate * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
-        if self.gate == "heads":
-            gate = torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
         if self.gate == "input":
             # a sum and not a matrix product, which autocast would round to bf16
             drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])

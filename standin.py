@@ -193,8 +193,8 @@ def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progr
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running = 0.8 * running + 0.2 * loss.item()
-        if progress.due(3 * BATCH * MAX_PROMPT):
-            progress.line(f"{name}: step {step + 1}, {facts} facts of {most_facts}, loss {running:.3f}")
+        progress.tick(3 * BATCH * MAX_PROMPT,
+                      f"{name}: step {step + 1}, {facts} facts of {most_facts}, loss {running:.3f}")
         if facts < most_facts and running < EASY:
             facts += 1
             running = 2 * EASY    # some more steps before the next change

@@ -100,20 +100,18 @@ def list_rounds(runs_dir: Path) -> None:
     """Every round's recipe, the log's numbers, and the runs that are on the disk."""
     for name, recipe in load_rounds()[0].items():
         print(f"{name}: {recipe.title}")
-        print(f"    prompts to {recipe.max_prompt} tokens, {recipe.n_train} / {recipe.n_val} examples, batch "
-              f"{recipe.batch_size}, {recipe.steps} steps, lr {recipe.lr:g}; alpha {recipe.alpha_init:g}"
-              f"{' trained' * (recipe.alpha_lr > 0)} from layer {recipe.fs_layer_start}, schedule "
-              f"{recipe.fs_alpha_schedule}{', not detached' * (not recipe.fs_detach)}")
+        own = {key: value for key, value in recipe.settings().items() if value != getattr(Round, key, "")}
+        print("   ", *(f"{key}={value}".lower() for key, value in own.items()))
         if recipe.log:
-            deltas = " ".join(f"{delta:+.4f}" for delta in recipe.log["d_acc"])
-            print(f"    the log: d_acc {deltas}; {recipe.log['status']}")
+            print("    the log: d_acc", *(f"{d:+.4f}" for d in recipe.log["d_acc"]), recipe.log["status"])
         for path in sorted(runs_dir.glob(f"**/{name}/seed*/*/run.json")):
             try:
                 run = read_run(path.parent)
                 print(f"    on disk: {path.parent}, {run['status']} at step {run['steps']}")
             except ValueError as error:
                 print(f"    on disk: {error}")
-    print("\nsettings, for --set:", ", ".join(SETTINGS))
+    print("\nsettings, for --set, and their defaults:")
+    print("   ", *(f"{key}={getattr(Round, key, '')}".lower() for key in SETTINGS))
 
 
 # ---- what it takes -----------------------------------------------------------------------------------------
@@ -169,14 +167,13 @@ def real_material(recipe: Round, args: argparse.Namespace) -> dict:
     """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that is missing."""
     rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
                  max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
-    loads = (
+    found, missing = [], []
+    for load in (
         lambda: load_examples(recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules),
         lambda: load_examples(recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
                               **rules),
         lambda: find_base(args.base, recipe, args.assets, args.offline),
-    )
-    found, missing = [], []
-    for load in loads:
+    ):
         try:
             found.append(load())
         except FileNotFoundError as error:
@@ -186,8 +183,8 @@ def real_material(recipe: Round, args: argparse.Namespace) -> dict:
     train, validation, (base, name) = found
     largest = max(max(example.prompt + example.answer) for example in train + validation)
     if largest >= base.config.vocab_size:
-        raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, but the examples hold "
-                         f"token {largest}; use a base with the RWKV World vocabulary")
+        raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, and examples hold "
+                         f"{largest}; use a base with the RWKV World vocabulary")
     if recipe.fs_layer_start >= base.config.n_layer:
         say(f"note: {name} has no layer {recipe.fs_layer_start}, fs_layer_start: nothing is seeded")
     return dict(train=train, validation=validation, base=base, base_name=name, tokenizer=Tokenizer())
@@ -287,8 +284,8 @@ class Arm:
         self.optimizer = make_optimizer(self.model, self.fs, job.recipe)
         self.ledger = Ledger()
 
-    def train_step(self, batch: list[Example]) -> None:
-        """One optimiser step on the batch's mean loss, in pieces of micro_batch_size rows."""
+    def train_step(self, batch: list[Example]) -> float:
+        """One optimiser step in pieces of micro_batch_size rows. Returns the loss, a mean over the batch."""
         recipe, device = self.job.recipe, self.job.device
         started = time.monotonic()
         size = recipe.micro_batch_size or len(batch)
@@ -312,6 +309,7 @@ class Arm:
         self.ledger.seconds += time.monotonic() - started
         self.finite(loss, f"the loss at step {self.ledger.step} (examples {', '.join(e.id for e in batch)})")
         self.ledger.metrics.append({"step": self.ledger.step, "train_loss": loss})
+        return loss
 
     def finite(self, loss: float, what: str) -> None:
         """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
@@ -325,8 +323,7 @@ class Arm:
         what = f"its seed states {CONTROLS[control]}" if control else f"validation at step {step}"
 
         def tick(done, more):
-            if progress.due(more * longest):
-                progress.line(f"{self.name}: {what}: {done} of {len(job.validation)} questions")
+            progress.tick(more * longest, f"{self.name}: {what}: {done} of {len(job.validation)} questions")
 
         return score(self.model, job.validation, self.fs, device=job.device, step=step, control=control,
                      batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // longest), tokenizer=job.tokenizer,
@@ -367,21 +364,16 @@ class Arm:
 
     def save(self, status: str = "running") -> None:
         """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
-        try:
-            if status == "running":
-                save_tensors({"identity": self.identity, "ledger": vars(self.ledger),
-                              "model": self.model.state_dict(), "fs": self.fs and self.fs.state_dict(),
-                              "optimizer": self.optimizer.state_dict()}, self.folder / "checkpoint.pt")
-            write_lines(self.folder / "metrics.jsonl", self.ledger.metrics)
-            write_lines(self.folder / "records.jsonl", self.ledger.records)
-            twin = twin_key(self.identity, self.ledger.history[0])
-            write_run(self.folder, {
-                **self.identity, "twin": twin, "status": status, "steps": self.ledger.step,
-                "seconds": int(self.ledger.seconds), "history": self.ledger.history})
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(f"{self.folder}: cannot save at step {self.ledger.step} ({reason}); what was saved "
-                          "before is kept; free some space and run the same command") from error
+        ledger = self.ledger
+        if status == "running":
+            save_tensors({"identity": self.identity, "ledger": vars(ledger), "model": self.model.state_dict(),
+                          "fs": self.fs and self.fs.state_dict(), "optimizer": self.optimizer.state_dict()},
+                         self.folder / "checkpoint.pt")
+        write_lines(self.folder / "metrics.jsonl", ledger.metrics)
+        write_lines(self.folder / "records.jsonl", ledger.records)
+        write_run(self.folder, {
+            **self.identity, "twin": twin_key(self.identity, ledger.history[0]), "status": status,
+            "steps": ledger.step, "seconds": int(ledger.seconds), "history": ledger.history})
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
@@ -419,10 +411,9 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         if finished:
             break
         batch = next(stream)
-        arm.train_step(batch)
-        if progress.due((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt):
-            loss = ledger.metrics[-1]["train_loss"]
-            progress.line(f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
+        loss = arm.train_step(batch)
+        progress.tick((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt,
+                      f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
     interrupt.patient = False
     controls = []
     for control in CONTROLS if arm.fs is not None else ():
@@ -503,7 +494,7 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     small = {name: with_settings(miniatures[name], args.settings) for name in names}
     threads = torch.get_num_threads()
     materials, failed = {}, False
-    progress = Progress(0, "left in all")
+    progress = Progress()
     for number, (name, seed) in enumerate(jobs):
         if name not in materials:    # once a round: no seed of it may get another answer than its others
             materials[name] = choose_material(real[name], small[name], args)
@@ -528,7 +519,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
     interrupt = Interrupt()
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         reproducible(args.device)
         if args.list:
@@ -547,9 +539,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
         return 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_the_damaged_record_is_named(tmp_path):
     path = tmp_path / ARC_FILE
     path.parent.mkdir()
     path.write_text(json.dumps(RECORDS["arc"]) + "\n\n" + json.dumps(RECORDS["arc"])[:-1])
-    with pytest.raises(ValueError, match=f"{path}: record 2: damaged or cut off"):
+    with pytest.raises(ValueError, match=f"{path}: damaged or cut off"):
         load_examples("arc", "train", assets=tmp_path, **DRAW)
 
 
@@ -343,10 +343,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self.send_error(fault)
         if asked and fault != "no ranges":
-            first, last = map(int, asked.removeprefix("bytes=").split("-"))
-            content = content[first:last + 1]
+            first, last = asked.removeprefix("bytes=").split("-")
+            first = int(first or max(0, len(content) - int(last)))    # "-100": the last hundred
+            content = content[first:int(last) + 1] if asked[6] != "-" else content[first:]
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(server.content)}")
+            self.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{len(server.content)}")
         else:
             self.send_response(200)
         if fault != "no length, cut":
@@ -437,15 +438,14 @@ def test_onto_a_full_disk_or_into_no_folder(server, tmp_path, task):
     refused(task, tmp_path / "file", "Not a directory")
 
 
-@pytest.mark.parametrize("faults", [[], [None, "cut", "cut"]])
-def test_arc_is_read_without_the_rest_of_its_archive(server, tmp_path, faults):
-    """Catches 680 MB fetched for one, another member, and a member read wrong where a request breaks."""
+def test_arc_is_read_without_the_rest_of_its_archive(server, tmp_path):
+    """Catches 680 MB fetched for one, another member, and a member cut off where its header is long."""
     corpus = random.Random(1).randbytes(2_000_000)
-    server.content, server.faults = zipped({"corpus": corpus, MEMBER: LINES, "more": corpus}), faults
+    server.content = zipped({"corpus": corpus, MEMBER: LINES, "more": corpus})
     assert find_file("arc", "train", tmp_path, offline=False).read_bytes() == LINES
     assert files_in(tmp_path) == [tmp_path / ARC_FILE]
-    spans = [span.removeprefix("bytes=").split("-") for span in server.asked]
-    assert sum(int(last) - int(first) + 1 for first, last in spans) < 1_500_000
+    tail, span = (asked.removeprefix("bytes=").split("-") for asked in server.asked)
+    assert tail[0] == "" and int(tail[1]) + int(span[1]) - int(span[0]) < 1_000_000
 
 
 MEMBERS, END = b"PK\1\2", b"PK\5\6"    # marks in an archive
@@ -464,8 +464,8 @@ def overwritten(archive: bytes, mark: bytes, offset: int, value: int) -> bytes:
     (overwritten(overwritten(STORED, MEMBERS, 20, 999_999), MEMBERS, 24, 999_999), [], None),    # cut off
     (zipped({MEMBER: LINES + b"\n"}), [], "should hold 1,119 records"),
     (zipped({MEMBER: bytes(1_000_001)}), [], "larger than it should be"),
-    (ARCHIVE, ["no ranges"], None), (ARCHIVE, [404], "404"), (STORED, [None] * 3 + [500], "500"),
-    (STORED, [None] * 3 + ["no ranges"], "did not send the part"),
+    (ARCHIVE, ["no ranges"], "did not send the part"), (ARCHIVE, [404], "404"), (STORED, [None, 500], "500"),
+    (STORED, [None, "no ranges"], "did not send the part"), (STORED, [None, "cut"], None), (b"", [], None),
 ])
 def test_broken_archives(server, tmp_path, monkeypatch, content, faults, words):
     """Catches BadZipFile and the like reaching the user, a damaged member believed, a bomb unpacked."""

@@ -290,11 +290,11 @@ def test_the_numbers_of_a_report(tmp_path, capsys, seeds):
     for m, metric in enumerate(ruler.METRICS):
         for s, line in enumerate(result["per_seed"]):
             found = line[metric]
-            half = 2.05 * x[s, :, m].std(ddof=1) / math.sqrt(30)    # Student's, which the bootstrap resembles
+            half = 1.96 * x[s, :, m].std(ddof=1) / math.sqrt(30)
             expected = [without[s, :, m].mean(), with_fs[s, :, m].mean(), x[s, :, m].mean()]
             assert np.allclose([found["no_fs"], found["prompt_fs"], found["d"]], expected)
             ends = expected[2] - half, expected[2] + half
-            assert np.allclose([found["low"], found["high"]], ends, atol=0.3 * half)
+            assert np.allclose([found["low"], found["high"]], ends)
         deltas, over = x[..., m].mean(axis=1), result["over_seeds"][metric]
         assert np.allclose([over["mean"], over["std"]], [deltas.mean(), deltas.std()])
         gains, losses = (deltas > 1e-12).sum(), (deltas < -1e-12).sum()
@@ -361,7 +361,7 @@ def test_what_cannot_be_averaged_is_told(tmp_path, capsys):
     write_runs(tmp_path, "R6")
     for arm in ARMS:
         change_run(runs / "R8/seed3" / arm, minutes=8.0, base={"name": "mine.pth"})
-    out, err = report_of(capsys, "--all", "--runs", runs, code=2)
+    out, err = report_of(capsys, "--runs", runs, code=2)
     assert "seeds 0 and 3" in err and "minutes: None there, 8.0 here; base.name" in err
     assert err.count("\n") == 1
     assert "R6: " in out and "R8: " not in out
@@ -396,13 +396,13 @@ def test_reports_of_every_round(tmp_path, capsys, monkeypatch):
     for name in REAL:
         write_runs("runs", name, seeds=[0] if name == "R7" else [0, 1], n=4)
     write_runs("runs/standin", "R8", standin=True)
-    out, err = report_of(capsys, "--all")
+    out, err = report_of(capsys)
     assert not err and "nan" not in out and "inf" not in out
     assert all(f"{name}: {recipe.title}" in out for name, recipe in REAL.items())
     out = report_of(capsys, "r9", "r8").out
     assert [part.split(":")[0] for part in out.strip().split("\n\n")] == ["R9a", "R9b", "R8", "R8"]
     assert "  EM " in out.split("\n\n")[0] and "  F1 " not in out.split("\n\n")[0]
-    for argv in (["R8"], ["--all"], ["R99"]):
+    for argv in (["R8"], [], ["R99"]):
         refusal(capsys, main, [*argv, "--runs", "none"])
 
 
@@ -414,15 +414,16 @@ def test_the_logs_table_reproduces(capsys):
     signs = {"R2": "3/0/0", "R3": "1/0/2", "R4": "2/0/1", "R5": "1/0/2", "R6": "2/0/1", "R7": "1/0/0",
              "R8": "2/0/1", "R9a": "2/0/1", "R9b": "1/0/2", "R10": "2/0/1"}
     out = report_of(capsys, "--log").out
-    assert len(out.splitlines()) == 1 + sum(recipe.log is not None for recipe in REAL.values())
+    assert len(out.splitlines()) == sum(recipe.log is not None for recipe in REAL.values())
     for name, counts in signs.items():
         log = log_numbers(REAL[name])
         assert log["as_logged"] and log["verdict"] == "inconclusive"    # not one of them can tell
-        row = next(row for row in out.splitlines() if row.startswith(f"{name} "))
-        assert f"{log['recomputed'][0]:+.4f}  {log['recomputed'][1]:.4f}  {counts}  yes" in row
+        row = next(row for row in out.splitlines() if row.startswith(f"{name}: "))
+        mean, std = log["recomputed"]
+        assert f"mean {mean:+.4f}, std {std:.4f}, sign(+/0/-) {counts}, " in row
     wrong = replace(REAL["R8"], log={**REAL["R8"].log, "mean": 0.0056})
-    assert not log_numbers(wrong)["as_logged"] and "  NO " in text_of_log([wrong])
-    assert len(report_of(capsys, "r9", "--log").out.splitlines()) == 3
+    assert "(NOT as logged, +0.0056 and 0.0519)" in text_of_log(log_numbers(wrong))
+    assert len(report_of(capsys, "r9", "--log").out.splitlines()) == 2
 
 
 # ---- a question from a person ------------------------------------------------------------------------------
@@ -433,8 +434,8 @@ def words():
 
 
 def test_ask(tmp_path, capsys, monkeypatch, words):
-    """Catches an answer without the Future-Seed that the checkpoint was trained with, sampling that is greedy
-    or the other way round, and an error without a name."""
+    """Catches an answer without the Future-Seed that the checkpoint was trained with, and an error without a
+    name."""
     monkeypatch.setattr(ruler, "Tokenizer", lambda: words)    # read once, not for every question
     model = RWKV7.init(Config.published(2, 16, 16, 65536), seed=3)
     with torch.no_grad():
@@ -451,32 +452,29 @@ def test_ask(tmp_path, capsys, monkeypatch, words):
         with torch.no_grad():
             tokens = torch.tensor([words.encode("Question:\nWho wrote Faust?\n\nAnswer:")])
             hidden, state = prefill(model, tokens, None, fs)
-            new = model.generate(model.head(hidden[:, -1]), state, 5)[0].tolist()
+            new = model.generate(model.head(hidden[:, -1]), state, 24)[0].tolist()
         return words.decode(new).strip().split("\n")[0] + "\n"
 
-    def asked(*more, path=path):
-        return report_of(capsys, "--ask", "Who wrote Faust?", "--checkpoint", path, "--max-new", 5, *more).out
+    def asked(path=path):
+        return report_of(capsys, "--ask", "Who wrote Faust?", "--checkpoint", path).out
 
     torch.save(fs.state_dict(), folder / "prompt_fs/fs.pth")
     assert asked() == expected(fs) != expected(None)
-    assert asked(path=folder / "no_fs/model.pth") == expected(None)
-    drawn = {asked("--temperature", 5) for _ in range(3)}
-    assert len(drawn) > 1
-    assert asked("--temperature", 5, "--top-p", 1e-6) == asked("--temperature", 1e-3) == expected(fs)
+    assert asked(folder / "no_fs/model.pth") == expected(None)
     with torch.no_grad():
         fs.alpha.fill_(-30)    # what training left of it is in fs.pth
     torch.save(fs.state_dict(), folder / "prompt_fs/fs.pth")
     assert asked() == expected(None)
     torch.save({"alpha": torch.zeros(7)}, folder / "prompt_fs/fs.pth")
-    for more in ([], ["--top-p", 0], ["--max-new", 0], ["--temperature", -1], ["--checkpoint", "none.pth"]):
-        refusal(capsys, main, ["--ask", "x", "--checkpoint", path, *more])
+    for checkpoint in (path, "none.pth"):
+        refusal(capsys, main, ["--ask", "x", "--checkpoint", checkpoint])
 
 
 @pytest.mark.parametrize("made_up, written", [(False, "runs eats"), (True, "runs")])
 def test_ask_ends_where_the_answer_ends(tmp_path, capsys, monkeypatch, words, made_up, written):
     """Catches an answer that goes on after the end of the document or of the line, a stand-in's after its one
-    token, its model asked in the official vocabulary, and the least temperature or top_p that is no number to
-    torch: this model knows which token follows which, and nothing else."""
+    token, its model asked in the official vocabulary: this model knows which token follows which, and nothing
+    else."""
     monkeypatch.setattr(ruler, "Tokenizer", lambda: words)
     tokenizer = small_tokenizer() if made_up else words
     model = RWKV7.init(Config.published(1, 64, 64, len(tokenizer.tokens) if made_up else 65536), seed=3)
@@ -490,15 +488,14 @@ def test_ask_ends_where_the_answer_ends(tmp_path, capsys, monkeypatch, words, ma
     model.save(tmp_path / "model.pth")
     for end, answer in (("Answer:", written), ("Answer: ", "")):
         prompt = f"Context:\nAnn runs. Bob eats.\n\nQuestion:\nBob\n\n{end}"
-        for more in ([], ["--temperature", 1e-40], ["--temperature", 1, "--top-p", 1e-300]):
-            out = report_of(capsys, "--ask", prompt, "--checkpoint", tmp_path / "model.pth", *more).out
-            assert out == answer + "\n"
+        out = report_of(capsys, "--ask", prompt, "--checkpoint", tmp_path / "model.pth").out
+        assert out == answer + "\n"
 
 
 def test_command_line(tmp_path, capsys):
     """Catches a program that works from its own folder only, and a help without examples or the rule."""
     run = subprocess.run([sys.executable, ROOT / "eval.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "name a round" in run.stderr
+    assert run.returncode == 2 and "no such runs; see train.py" in run.stderr
     for argv in (["--help"], ["--ask", "x"], ["R8", "--seeds"]):
         with pytest.raises(SystemExit):
             main(argv)

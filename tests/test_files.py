@@ -126,13 +126,14 @@ def test_clear_follows_no_links(tmp_path):
         (tmp_path / name / "model.pth").write_text("work")
     (tmp_path / "seed1/no_fs").symlink_to(tmp_path / "there/no_fs")
     (tmp_path / "seed3").symlink_to(tmp_path / "there")
-    clear(tmp_path / "seed1", ["no_fs"])
     clear(tmp_path / "seed2", list(ARMS))
-    with pytest.raises(ValueError, match="seed3 is a link"):
-        clear(tmp_path / "seed3", ["no_fs"])
+    for seed, link in (("seed1", "seed1/no_fs"), ("seed3", "seed3")):
+        with pytest.raises(ValueError, match=f"{link} is a link"):
+            clear(tmp_path / seed, ["no_fs"])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("model.pth"))
     assert left == ["seed1/prompt_fs/model.pth", "there/no_fs/model.pth"]
-    assert not os.path.lexists(tmp_path / "seed1/no_fs")
+    clear(tmp_path / "seed1", ["prompt_fs"])
+    assert not (tmp_path / "seed1/prompt_fs").exists()
 
 
 # ---- runs, read back ---------------------------------------------------------------------------------------
@@ -181,13 +182,16 @@ def test_a_round_comes_back_as_written(tmp_path):
         (tmp_path / "R8" / other).mkdir()
     (tmp_path / "R8/seed3").write_text("no folder")
     assert seeds_on_disk(tmp_path / "R8") == [2, 10]
-    runs = read_round(tmp_path / "R8")
-    right = np.array([[[(i + arm + seed) % 5 for i in range(5)] for arm in range(2)] for seed in (2, 10)])
-    assert np.array_equal(runs.scores, np.stack([right / 4, 0.5 + right, right == 4, right / 4], axis=-1))
-    assert (runs.seeds, runs.steps) == ([2, 10], [[10, 10], [10, 10]])
-    assert runs.controls == {"off": [0.25, 0.25], "other": [0.5, 0.5]}
-    assert runs.run == read_run(tmp_path / "R8/seed2/no_fs") and runs.notes == runs.damaged == []
-    assert read_round(tmp_path / "R8", seeds=[10]).seeds == [10]
+    found, notes, damaged = read_round(tmp_path / "R8")
+    for seed, (runs, last, controls) in found.items():
+        for arm in range(2):
+            right = {f"q{i}": (i + arm + seed) % 5 for i in range(5)}
+            assert last[arm] == {id: [x / 4, 0.5 + x, x == 4, x / 4] for id, x in right.items()}
+            assert runs[arm] == read_run(tmp_path / f"R8/seed{seed}" / ARMS[arm])
+        assert {name: {values[0] for values in by_id.values()} for name, by_id in controls.items()} == {
+            "off": {0.25}, "other": {0.5}}
+    assert list(found) == [2, 10] and notes == damaged == []
+    assert list(read_round(tmp_path / "R8", seeds=[10])[0]) == [10]
 
 
 BIG, DEEP = "1" + 400 * "0", "[" * 100_000
@@ -216,9 +220,9 @@ def test_a_damaged_seed_is_left_out_and_told(tmp_path, file):
     for pattern, new in DAMAGES[file]:
         path.write_text(re.sub(pattern, new, whole, count=1))
         assert path.read_text() != whole, pattern
-        runs = read_round(tmp_path / "R8")
-        assert runs.seeds == [1] and len(runs.damaged) == 1 and runs.notes == [], (pattern, new)
-        assert str(path) in runs.damaged[0] and "\n" not in runs.damaged[0]
+        found, notes, damaged = read_round(tmp_path / "R8")
+        assert list(found) == [1] and len(damaged) == 1 and notes == [], (pattern, new)
+        assert str(path) in damaged[0] and "\n" not in damaged[0]
     with pytest.raises(FileNotFoundError, match=f"no finished seed .{path}"):
         read_round(tmp_path / "R8", seeds=[0])
 
@@ -247,8 +251,9 @@ def test_fuzzed_runs_are_read_or_refused(tmp_path_factory, key, value, standin):
         lines = map(json.loads, path.read_text().splitlines())
         write_lines(path, [line | {key: value} if line["id"] == "q1" else line for line in lines])
     with contextlib.suppress(ValueError, FileNotFoundError):
-        scores = read_round(runs / "R8").scores
-        assert scores.shape == (1, 2, 2, 4) and np.isfinite(scores).all()
+        _, last, _ = read_round(runs / "R8")[0][0]
+        scores = np.array([list(arm.values()) for arm in last])
+        assert scores.shape == (2, 2, 4) and np.isfinite(scores).all()
 
 
 def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
@@ -259,10 +264,10 @@ def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
     missing = [tmp_path / "R8/seed1/prompt_fs/run.json", tmp_path / "R8/seed2/no_fs/records.jsonl"]
     for path in missing:
         path.unlink()
-    runs = read_round(tmp_path / "R8", seeds=[0, 1, 2, 3, 4])
-    assert runs.seeds == [3] and runs.damaged == []
+    found, notes, damaged = read_round(tmp_path / "R8", seeds=[0, 1, 2, 3, 4])
+    assert list(found) == [3] and damaged == []
     reasons = {0: "no_fs stands at step 5", 1: str(missing[0]), 2: str(missing[1]), 4: "no_fs"}
-    for (seed, reason), note in zip(reasons.items(), runs.notes, strict=True):
+    for (seed, reason), note in zip(reasons.items(), notes, strict=True):
         assert note.startswith(f"left out, not finished: seed {seed}") and reason in note
     with pytest.raises(FileNotFoundError, match="no finished seed .no runs"):
         read_round(tmp_path / "R6")
@@ -283,23 +288,20 @@ def test_unlike_runs_are_refused(tmp_path, changes, words):
     for name in ("run.json", "records.jsonl"):
         whole = (tmp_path / "R8/seed0/no_fs" / name).read_text()
         (tmp_path / "R8/seed1/no_fs" / name).write_text(whole.replace('"seed": 0', '"seed": 1'))
-    assert re.search(f"seed1.*its arms .*({words})", read_round(tmp_path / "R8").damaged[0])
+    assert re.search(f"seed1.*its arms .*({words})", read_round(tmp_path / "R8")[2][0])
 
 
 def test_what_may_differ_is_told(tmp_path):
     """Catches runs of other code or another machine averaged in silence, the seeds of a stand-in refused for
-    their own bases, a traceback where one lacks a control, and arms of unequal ends (by minutes) refused."""
+    their own bases, and arms of unequal ends (by minutes) refused."""
     write_seed(tmp_path, seed=0, standin=True)
     write_seed(tmp_path, seed=1, standin=True, base={"name": "b1"}, data={"train": "u", "validation": "v"})
-    assert read_round(tmp_path / "R8").notes == []
+    assert read_round(tmp_path / "R8")[1] == []
     moved = {"from_step": 5, "code": "new", "machine": {"cpu": "AVX2", "threads": 2}}
-    path = tmp_path / "R8/seed1/prompt_fs/controls.jsonl"
-    path.write_text("".join(line for line in path.open() if '"other"' not in line))
     change_run(tmp_path / "R8/seed1/prompt_fs", history=[{"from_step": 0, **HERE}, moved], steps=0)
-    runs = read_round(tmp_path / "R8")
-    assert runs.steps == [[10, 10], [10, 0]] and runs.controls == {"off": [0.25, 0.25]}
-    assert len(runs.notes) == 1
-    assert re.search("seed 1 .*c0de.* there, .*new.* here; .*1 there, .*2 here", runs.notes[0])
+    found, (note,), _ = read_round(tmp_path / "R8")
+    assert list(found) == [0, 1]
+    assert re.search("seed 1 .*c0de.* there, .*new.* here; .*1 there, .*2 here", note)
 
 
 def test_another_run_is_refused_in_one_short_line(tmp_path):
@@ -358,13 +360,12 @@ def test_the_time_left_falls(monkeypatch, capsys):
     """Catches a time left that is of the work done, or of another unit, and a line at every step."""
     now = [100.0]
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    progress = Progress(total=1000, left="left in all")
+    progress = Progress(total=1000)
     now[0] += 10.0
-    assert not progress.due(work=20)    # the first piece is no measure of the pace
+    progress.tick(20, "at the first piece, which is no measure of the pace")
     for _ in range(49):
         now[0] += 1.0
-        if progress.due(work=20):
-            progress.line("at work")
+        progress.tick(20, "at work")
     lines = capsys.readouterr().err.splitlines()
     left = [int(re.fullmatch(r"at work; about (\d+) s left in all", line)[1]) for line in lines]
     assert left == [48 - 3 * i for i in range(17)]

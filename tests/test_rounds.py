@@ -60,6 +60,8 @@ def test_every_round_of_the_log_is_there():
     for name, recipe in ROUNDS.items():
         assert recipe.name == name and (recipe.log is not None) == (name in ROWS)
     assert [ROUNDS[name].log["summary"] for name in ROWS] == [f"_summary_{name}.txt" for name in SUMMARIES]
+    keys = "script summary d_acc mean std d_loss status".split()
+    assert all(list(ROUNDS[name].log) == keys for name in ROWS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -224,9 +226,8 @@ def test_inheritance(tmp_path):
     ("n_val = -3", r"\[Q\]: n_val must be 2 or more"), ("fs_gate = 'x'", "fs_gate must be one of scalar"),
     ("[R]\ninherits = 'P'", r"\[R\]: inherits = 'P': no round"), ("[R]\ninherits = 'R'", "no round above"),
     ("fs_norm = 1", "fs_norm must be bool, not 1"), ("[R]\nsteps = 3", r"\[R\]: .*'title', 'task'"),
-    ("[Q.log]", "log must hold script"), (RESULTS + "more = 1", "log must hold script"),
-    ("[[R]]\nsteps = 3", r"\[R\]: .* is not a round"),
-    ("n_val = ", "not a TOML file"), ("steps = 1", "not a TOML file"), ("base = '\ud800'", "not a TOML file"),
+    ("[[R]]\nsteps = 3", r"\[R\]: "), ("n_val = ", "not a TOML file"),
+    ("steps = 1", "not a TOML file"), ("base = '\ud800'", "not a TOML file"),
     ("[standin]\nspeed = 1", r"\[standin\]: no setting is called 'speed'"),
     ("[standin.arc]\nlr = 'x'", r"\[standin\]: lr must be"), ("[standin]\nn_val = 0", "must be 2 or more"),
 ])

@@ -40,13 +40,14 @@ def instant(monkeypatch):
     def pretrain(recipe, seed, path, device, progress):
         standin.fresh_model(recipe.channels, seed).save(path)
 
-    def no_network(url, headers={}):
+    def no_network(url, *_):
         raise AssertionError(f"asked for {url}")
 
     monkeypatch.setattr(standin, "LAYERS", 3)
     monkeypatch.setattr(standin, "pretrain", pretrain)
     monkeypatch.setattr(train, "duration", lambda seconds: "42 hours")
-    monkeypatch.setattr(data, "answer_to", no_network)
+    monkeypatch.setattr(data.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(data.torch.hub, "download_url_to_file", no_network)
 
 
 def arguments(folder, *more, name="S1", seeds="3", settings=()):
@@ -261,17 +262,17 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
 def test_time_left_is_that_of_the_whole_command(instant, tmp_path, monkeypatch, capsys):
     """On a clock that takes a second a token. Catches time left for one arm, or without evaluations, where
     two rounds and two seeds are to be run."""
-    now, due = [0.0], files.Progress.due
+    now, tick = [0.0], files.Progress.tick
 
-    def on_time(self, work):
+    def on_time(self, work, text):
         now[0] += work
-        return due(self, work)
+        tick(self, work, text)
 
     for seed in (3, 4):
         recipe = dataclasses.replace(SMALL["S1"], channels=16)
         standin.fresh_model(16, seed).save(standin.base_path(recipe, seed, tmp_path / "assets"))
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(files.Progress, "due", on_time)
+    monkeypatch.setattr(files.Progress, "tick", on_time)
     monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(files, "duration", lambda seconds: f"{seconds:.0f}")
     assert train.main(arguments(tmp_path, "--round", "S1", "S6", seeds="3-4", settings=["steps=2"])) == 0

@@ -1,6 +1,6 @@
 """The statistics: is the ruler right on experiments whose truth is known, and are the exact tests exact?
 
-The simulated laws of seeds are in simulate_ruler.py, which prints the table in stats.py.
+The simulated laws of seeds are in simulate_ruler.py, whose docstring has the whole table.
 """
 
 import itertools
@@ -130,7 +130,7 @@ def test_few_questions_that_move_alike_are_no_effect():
 @pytest.mark.parametrize("S", [6, 20])
 @pytest.mark.parametrize("noise", [(0.4, 0.3), (0.05, 0.45)])
 def test_wrong_verdicts_are_rare(S, noise):
-    """Catches an interval that forgets seeds, or questions: the table of stats.py, a small part of it."""
+    """Catches an interval that forgets seeds, or questions: the simulation's table, a small part of it."""
     E = 400
     rare = 0.025 + 3 * math.sqrt(0.025 / E)
     for name, ends in intervals(SYMMETRIC | LOPSIDED, S, 200, noise, E).items():
@@ -240,28 +240,3 @@ def test_holm_by_brute_force(p_values):
     for i, corrected in enumerate(stats.holm(p_values)):
         worst = max(len(chosen) * min(p_values[j] for j in chosen) for chosen in sets if i in chosen)
         assert math.isclose(corrected, min(worst, 1))
-
-
-# ---- within a seed -----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["normal", "sparse", "thirds"])
-def test_bootstrap_within_a_seed_covers(name):
-    """Catches examples drawn without replacement, and an interval at other levels."""
-    rng = np.random.default_rng(6)
-    n, R = 200, 3000
-    if name == "normal":
-        x, truth = rng.normal(0.1, 1, (n, R)), 0.1
-    elif name == "sparse":    # ARC: the arms differ on one question in five
-        x, truth = rng.choice([-1.0, 0, 1], p=[0.08, 0.8, 0.12], size=(n, R)), 0.04
-    else:
-        x = rng.choice([-2 / 3, -1 / 3, 0, 1 / 3, 1], p=[0.05, 0.15, 0.5, 0.2, 0.1], size=(n, R))
-        truth = 0.25 / 3
-    low, high = stats.bootstrap_interval(x)
-    assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.965
-    # a column alone gives what it gives among others
-    assert np.allclose(stats.bootstrap_interval(x[:, 7]), (low[7], high[7]), rtol=0, atol=1e-12)
-
-
-def test_bootstrap_of_no_difference_has_no_width():
-    """Catches a sum of weights that is not 1: it would widen an interval that has nothing to show."""
-    assert np.allclose(stats.bootstrap_interval(np.full((20, 2), 0.5)), 0.5, rtol=0, atol=1e-12)
