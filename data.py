@@ -8,6 +8,7 @@ length rules and the way examples are drawn are the experiment log's, byte for b
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -199,9 +200,8 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
             check(part)
             part.rename(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        it = f"its member {member}" if member else "it"
-        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put {it} "
-                                "there") from None
+        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put "
+                                f"{member or 'it'} there") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -284,9 +284,8 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
 
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
     assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
-    make_example. What comes out is kept in assets/cache, under a name made of all that decides it.
-    Raises FileNotFoundError where the file cannot be had, ValueError for a malformed record, two of one id,
-    or too few that qualify.
+    make_example. What comes out is kept in assets/cache, under a name made of all that decides it. Raises
+    FileNotFoundError without the file, ValueError for a malformed record, two of one id, or too few.
     """
     path = find_file(task, split, Path(assets), offline)
     rules = dict(order=order, max_prompt=max_prompt, min_prompt=min_prompt, max_answer=max_answer)
@@ -301,11 +300,8 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
     except (OSError, ValueError, TypeError, RecursionError):
         pass    # not there yet, or damaged
     examples = draw(task, split, path, n, seed, rules)
-    try:
-        with atomic_write(cache, "w") as file:
-            json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
-    except OSError as error:
-        say(f"note: {cache.parent} cannot be written ({error.strerror}); every start takes longer")
+    with contextlib.suppress(OSError), atomic_write(cache, "w") as file:    # not kept, the next start is slow
+        json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
     return examples
 
 

@@ -1,6 +1,9 @@
 """The ruler: score a model, record it, compare the two arms of a round, say what came out.
 
-    python eval.py R8        both arms of every finished seed, their difference, the log
+    python eval.py R8        both arms of every finished seed in runs/ and runs/standin/, the verdict, the log
+    python eval.py --json    every round found, for programs
+    python eval.py --log     the log's own numbers, recomputed
+    python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
 
 Every evaluation leaves a record an example (records.jsonl), and every report is computed from these. A
 difference d is prompt_fs minus no_fs on the same example, at the last evaluation.
@@ -86,9 +89,8 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
           tick: Callable[[int, int], None] = lambda done, more: None) -> list[dict]:
     """One evaluation: a record for every example, in the order of the examples, whatever the batches.
 
-    Args: model, on `device`; fs, Future-Seed while prompts are read, or None; batch_size, examples at once;
-        step and control, one of CONTROLS, written into the records; tick, called after every batch with how
-        many examples are done and how many of them in this batch. On a GPU products are in bf16.
+    Args: model, on `device`; fs, or None; batch_size, examples at once; step and control, one of CONTROLS,
+        written into the records; tick, called after every batch with the examples done in all and in it.
     Returns: dicts with step, id, tokens of the answer, correct (of these), loss (nats), exact and f1 (EM and
         F1), all as above; option (ARC: the likeliest label, else None); gold; text (decoded greedily).
     """
@@ -343,19 +345,9 @@ def ask(checkpoint: Path, text: str) -> str:
 
 # ---- the command line --------------------------------------------------------------------------------------
 
-EXAMPLES = f"""examples:
-  python eval.py R8                    one round, every finished seed in runs/ and in runs/standin/
-  python eval.py --json                every round found, for programs
-  python eval.py --log                 the log's own table, recomputed
-  python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
-
-{RULE}"""
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Report on rounds that were run: both arms, paired differences, the verdict, the log.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=RULE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("rounds", nargs="*", metavar="R", help="rounds (default: all that have runs)")
     option("--runs", type=Path, metavar="DIR", help="where they are (default: runs and runs/standin)")

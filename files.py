@@ -125,8 +125,6 @@ def locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
                                  "--runs DIR") from None
-            except OSError:
-                pass    # some network disks have no locks
         for leftover in folder.glob("*/.*.????????"):
             leftover.unlink()
         yield

@@ -1,6 +1,10 @@
 """Run a round: post-train one base twice, without and with Future-Seed, and say what that changed.
 
-    python train.py --round R8 --seed 1
+    python train.py --list                            the rounds, their recipes, what is on disk
+    python train.py --round R8 --seed 1               both arms; without a GPU in miniature, in minutes
+    python train.py --round R8 --seed 1 --real        the real thing, whatever it takes
+    python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
+    torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     processes share rounds and seeds
 
 Both arms start from the same weights and take the same batches for the same number of steps. They differ in
 nothing but fs.py's seed states. Batches are drawn by step, and there is no dropout. So weights, optimiser and
@@ -46,27 +50,15 @@ from tokenizer import Tokenizer
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-# a hash of the code that decides a run's numbers
-DECISIVE = ("model.py", "wkv.py", "wkv_cuda.py", "wkv_kernel.cu", "fs.py", "tokenizer.py", "data.py",
-            "standin.py", "rounds.py", "train.py", "eval.py")
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DECISIVE)).hexdigest()
+SOURCES = sorted(Path(__file__).resolve().parent.glob("*.[cp][uy]"))    # what decides a run's numbers
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
 # ---- what was asked ----------------------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  python train.py --list                            the rounds, their recipes, what is on disk
-  python train.py --round R8 --seed 1               both arms; without a GPU in miniature, in minutes
-  python train.py --round R8 --seed 1 --real        the real thing, whatever it takes
-  python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
-  torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     processes share rounds and seeds
-"""
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Post-train RWKV-7 on a round, without and with Future-Seed, and report the difference.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
     option("--list", action="store_true", help="show the rounds and what is on disk, and stop")

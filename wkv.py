@@ -265,7 +265,6 @@ def _backward(chunks: Chunks, span, dy: Tensor, dS: Tensor) -> tuple[Tensor, ...
 
 # ---- the CUDA kernels --------------------------------------------------------------------------------------
 
-
 def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence on a GPU. Shapes and errors as in wkv_reference; not fp64; N is 16, 32, 64 or 128.
 

@@ -137,7 +137,6 @@ def _load(device: torch.device, N: int, bf16: bool) -> Kernels:
 
 # ---- compiling ---------------------------------------------------------------------------------------------
 
-
 def cubin(architecture: str, N: int, bf16: bool, again: bool = False) -> bytes:
     """The kernels for, say, "sm_90": from the disk if the same were compiled before, unless `again`."""
     try:
@@ -170,7 +169,6 @@ def compile_source(source: bytes, options: tuple[str, ...]) -> bytes:
 
 
 # ---- launching ---------------------------------------------------------------------------------------------
-
 
 def run(kernels: Kernels, r, log_w, k, v, a, b, state, differentiate: bool) -> tuple[Tensor, Tensor]:
     """y and the final state, of checked inputs. differentiate: keeps what a backward needs; chunked only."""

@@ -262,12 +262,11 @@ def test_cache_key_holds_all_that_decides_the_examples(tmp_path, monkeypatch):
     assert len(files_in(tmp_path / "cache")) == len(changes) + 1
 
 
-def test_unwritable_cache_is_a_notice(tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path):
     """Catches a read-only assets folder that stops a run."""
     write_assets(tmp_path, hotpotqa_records(30))
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert len(load_examples("hotpotqa", "train", assets=tmp_path, **DRAW)) == 20
-    assert capsys.readouterr().err.count("every start takes longer") == 1
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -347,7 +346,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first = int(first or max(0, len(content) - int(last)))    # "-100": the last hundred
             content = content[first:int(last) + 1] if asked[6] != "-" else content[first:]
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{len(server.content)}")
+            span = f"{first}-{first + len(content) - 1}"
+            self.send_header("Content-Range", f"bytes {span}/{len(server.content)}")
         else:
             self.send_response(200)
         if fault != "no length, cut":
