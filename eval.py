@@ -254,7 +254,7 @@ def text_of(results: list[dict]) -> str:
     corrected = iter(holm([result["p"] for result in family]))
     texts = []
     for result in results:
-        words = f"p {next(corrected):.4f} {kind}" if result in family else f"p {result['p']:.4f} (registered)"
+        words = f"p {next(corrected):.2g} {kind}" if result in family else f"p {result['p']:.2g} (registered)"
         texts.append(text_of_round(result, words))
     return "\n".join(texts)
 

@@ -1,8 +1,8 @@
-"""The study's numbers, table and figures.
+"""The study's numbers, tables and figures.
 
     python study/study.py collect runs/standin runs/steps/standin     every finished arm there -> results.json
-    python study/study.py                                             results.json -> table (printed), figures
-    python study/study.py where runs/standin/S20/seed20               where an answer comes from -> where.png
+    python study/study.py                                             results.json -> tables (printed), figures
+    python study/study.py where runs/standin/S20                      where an answer comes from -> where.png
 
 results.json holds a line an arm: what it is, its accuracy at every evaluation, its controls, and which of the
 validation questions it answered right at the end, as bits. Figures need matplotlib.
@@ -17,13 +17,24 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from files import ARMS, read_records, read_run, say    # noqa: E402
-from rounds import load_rounds                         # noqa: E402
-from standin import chance                             # noqa: E402
+from eval import CONTROLS    # noqa: E402
+from files import ARMS, read_records, read_run, say, seeds_on_disk    # noqa: E402
+from rounds import load_rounds    # noqa: E402
+from standin import chance, validation_examples    # noqa: E402
 from stats import JUMP, chance_to_gain, holm, judge, mcnemar, sign_test    # noqa: E402
 
 KEYS = ("round", "seed", "arm", "task", "order", "steps", "facts", "channels")
-TOKENS = {"context_first": 1.0, "question_first": 1.0, "both_ends": 45 / 40, "twice": 78 / 40}
+MINIATURES = load_rounds()[1]
+
+
+def usual(recipe) -> dict:
+    """What a round's own runs have, and those on an axis have not."""
+    return {"steps": recipe.steps, "facts": recipe.facts, "channels": recipe.channels}
+
+
+def tokens_read(name: str) -> float:
+    """The mean length of a round's prompts in the miniature."""
+    return float(np.mean([len(example.prompt) for example in validation_examples(MINIATURES[name])]))
 
 
 # ---- runs into results.json --------------------------------------------------------------------------------
@@ -40,8 +51,10 @@ def collect(folders: list[Path]) -> None:
         last = evaluations[run["steps"]]
         right = np.packbits([last[id][0] == 1 for id in sorted(last)])
         arm = {key: run.get(key, run["settings"].get(key)) for key in KEYS}
+        machine = run["history"][-1]["machine"]
         arm |= {"acc": {step: mean_of(scores) for step, scores in evaluations.items()},
-                "questions": len(last), "right": right.tobytes().hex(), "code": run["history"][-1]["code"]}
+                "questions": len(last), "right": right.tobytes().hex(), "code": run["history"][-1]["code"],
+                "machine": f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"}
         if run["arm"] == "prompt_fs":
             controls = read_records(path.parent / "controls.jsonl", by="control")
             arm["controls"] = {control: mean_of(scores) for control, scores in controls.items()}
@@ -75,14 +88,29 @@ def bits_of(arm: dict) -> np.ndarray:
     return np.unpackbits(right)[:arm["questions"]].astype(float)
 
 
-def table(arms: list[dict], steps: int = 250) -> str:
-    """A Markdown table: a row a round, every seed, and the verdict."""
-    rounds = load_rounds()[0]
-    settings = {(arm["round"], arm["facts"], arm["channels"]) for arm in arms if arm["steps"] == steps}
+def end_values(arms: list[dict], step: int | None = None, **wanted) -> list[float]:
+    """The wanted arms' accuracy at a step, or at their end, in the order of their seeds."""
+    members = sorted(select(arms, **wanted).items())
+    return [arm["acc"][str(arm["steps"] if step is None else step)] for _, arm in members]
+
+
+def in_short(values: list[float]) -> str:
+    """Median, lowest and how many reach 0.95, of a cell's seeds."""
+    if not values:
+        return "–"
+    reached = sum(value >= 0.95 for value in values)
+    return f"{np.median(values):.3f}, {min(values):.3f}, {reached} of {len(values)}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def verdicts(arms: list[dict]) -> str:
+    """A row for every round of which both arms ran, as it is registered: what the ruler says."""
     rows, tests = [], []
-    for name, facts, channels in sorted(settings, key=lambda key: (list(rounds).index(key[0]), key[1:])):
-        same = dict(round=name, facts=facts, channels=channels, steps=steps)
-        both = [select(arms, arm=arm, **same) for arm in ARMS]
+    for name, recipe in MINIATURES.items():
+        both = [select(arms, round=name, arm=arm, **usual(recipe)) for arm in ARMS]
         seeds = sorted(set(both[0]) & set(both[1]))
         if not seeds:
             continue
@@ -90,51 +118,81 @@ def table(arms: list[dict], steps: int = 250) -> str:
         deltas = x.mean(axis=1)
         jumped = [[end_of(side[seed]) > JUMP for seed in seeds] for side in both]
         verdict, low, high = judge(x)
-        off = np.median([both[1][seed]["controls"]["off"] for seed in seeds])
-        tests.append((name, sign_test(deltas)))
+        share, least, most = chance_to_gain(deltas)
+        tests.append((recipe.primary, sign_test(deltas)))
+        controls = [np.median([both[1][seed]["controls"][control] for seed in seeds]) for control in CONTROLS]
         rows.append([
-            f"{name}: {rounds[name].title}", f"{seeds[0]} to {seeds[-1]}",
-            *(f"{np.median([end_of(side[seed]) for seed in seeds]):.3f} ({sum(jump)} of {len(seeds)})"
-              for side, jump in zip(both, jumped)),
-            f"{off:.3f}", f"{np.median(deltas):+.3f} [{low:+.3f}, {high:+.3f}]: {verdict}",
-            f"{chance_to_gain(deltas)[0]:.2f}", f"{mcnemar(*jumped):.4f}",
+            f"{name}: {recipe.title}", *(in_short([end_of(side[seed]) for seed in seeds]) for side in both),
+            ", ".join(f"{value:.3f}" for value in controls),
+            f"{np.median(deltas):+.3f} [{low:+.3f}, {high:+.3f}]: **{verdict}**",
+            f"{share:.2f} [{least:.2f}, {most:.2f}]",
+            f"{sum(jumped[0])} and {sum(jumped[1])}, p {mcnemar(*jumped):.2g}",
         ])
-    others = [p for name, p in tests if not rounds[name].primary]
-    corrected = iter(holm(others))
-    for row, (name, p) in zip(rows, tests):
-        row.append(f"{p:.5f} (registered)" if rounds[name].primary else f"{next(corrected):.5f}")
-    head = ["round", "seeds", "no_fs, median (jumped)", "prompt_fs", "its seed states off",
-            "d_acc, typical seed", "seeds that gain", "p, jumps", "p, sign test (Holm)"]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+    corrected = iter(holm([p for primary, p in tests if not primary]))
+    for row, (primary, p) in zip(rows, tests):
+        row.append(f"{p:.2g} (registered)" if primary else f"{next(corrected):.2g}")
+    head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "its seed states off, other, shuffled",
+            "d_acc of the typical seed", "a seed gains", "jumps", "sign test, p (Holm)"]
+    return markdown([head, *rows])
+
+
+def instead(arms: list[dict]) -> str:
+    """What a user may do with a question that comes last, in both forms: tokens read, accuracy before and
+    after the round's training."""
+    rows = [["what is done", "form", "tokens read", "untrained: median, lowest, at 0.95 or more", "trained"]]
+    for names, arm, what in (
+            ("S20 S21", "no_fs", "nothing: question last"), ("S20 S21", "prompt_fs", "Future-Seed"),
+            ("S22 S23", "no_fs", "question first"), ("S24 S26", "no_fs", "question at both ends"),
+            ("S25 S27", "no_fs", "everything twice")):
+        for name in names.split():
+            wanted = dict(round=name, arm=arm, **usual(MINIATURES[name]))
+            rows.append([what, MINIATURES[name].task, f"{tokens_read(name):.0f}",
+                         in_short(end_values(arms, step=0, **wanted)), in_short(end_values(arms, **wanted))])
+    return markdown(rows)
+
+
+def axes(arms: list[dict]) -> str:
+    """Accuracy by budget, from the runs of 1000 steps, and by size, with the seeds that both have."""
+    runs = (("no_fs", "no_fs", "S20"), ("R6", "prompt_fs", "R6"), ("S20", "prompt_fs", "S20"))
+    rows = [["axis", *(label for label, _, _ in runs)]]
+    for step in range(125, 1001, 125):
+        rows.append([f"{step} steps", *(in_short(end_values(arms, step, round=name, arm=arm, steps=1000))
+                                        for _, arm, name in runs)])
+    first_ten = [arm for arm in arms if arm["seed"] < 30]
+    for facts, channels in ((10, 48), (16, 48), (24, 48), (10, 96)):
+        size = dict(steps=250, facts=facts, channels=channels)
+        rows.append([f"{facts} facts, {channels} wide", *(
+            in_short(end_values(first_ten, round=name, arm=arm, **size)) for _, arm, name in runs)])
+    return markdown(rows)
 
 
 def every_seed(arms: list[dict]) -> str:
-    """A Markdown table of every arm's accuracy at its end, by seed."""
+    """Every arm's accuracy at its end, by seed, and under the controls."""
     seeds = sorted({arm["seed"] for arm in arms})
     rows = {}
     for arm in arms:
-        size = f"{arm['facts']} facts, {arm['channels']} wide, {arm['steps']} steps"
-        title = f"{arm['round']} {arm['arm']}, {arm['order']}, {size}"
-        rows.setdefault(title, {})[arm["seed"]] = f"{end_of(arm):.2f}"
+        own = usual(MINIATURES[arm["round"]])
+        changed = [f"{arm[key]} {key}" for key in own if arm[key] != own[key]]
+        title = ", ".join([f"{arm['round']} {arm['arm']}", *changed])
+        rows.setdefault(title, {})[arm["seed"]] = end_of(arm)
         for control, value in arm.get("controls", {}).items():
-            rows.setdefault(f"{title}, seed states {control}", {})[arm["seed"]] = f"{value:.2f}"
-    lines = [["arm", *map(str, seeds)], ["---"] * (1 + len(seeds))]
-    lines += [[title, *(values.get(seed, "") for seed in seeds)] for title, values in rows.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            rows.setdefault(f"{title}, seed states {control}", {})[arm["seed"]] = value
+    lines = [[title, *(f"{values[seed]:.3f}".removeprefix("0") if seed in values else "" for seed in seeds)]
+             for title, values in rows.items()]
+    return markdown([["arm", *map(str, seeds)], *lines])
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw_seeds(arms: list[dict], steps: int = 250) -> None:
+def draw_seeds(arms: list[dict]) -> None:
     """Every seed's accuracy in both arms of every round, joined, and with the seed states off."""
     from matplotlib.figure import Figure
-    rounds = [name for name in load_rounds()[0]
-              if select(arms, round=name, arm="no_fs", steps=steps) and
-              select(arms, round=name, arm="prompt_fs", steps=steps)]
+    arms = [arm for arm in arms if usual(MINIATURES[arm["round"]]).items() <= arm.items()]
+    rounds = [name for name in MINIATURES if all(select(arms, round=name, arm=arm) for arm in ARMS)]
     figure = Figure(figsize=(10, 1.2 + 0.5 * len(rounds)), layout="constrained")
     panel = figure.subplots()
     for place, name in enumerate(rounds):
-        without, with_fs = (select(arms, round=name, arm=arm, steps=steps) for arm in ARMS)
+        without, with_fs = (select(arms, round=name, arm=arm) for arm in ARMS)
         for seed in sorted(set(without) & set(with_fs)):
             pair = end_of(without[seed]), end_of(with_fs[seed])
             panel.plot(pair, [place - 0.2, place], color="0.85", linewidth=0.7)
@@ -149,7 +207,7 @@ def draw_seeds(arms: list[dict], steps: int = 250) -> None:
         guess = chance(one["task"], one["facts"])
         panel.plot([guess] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
                    label=None if place else "a fact picked at random")
-    titles = [f"{name}: {load_rounds()[0][name].title}" for name in rounds]
+    titles = [f"{name}: {MINIATURES[name].title}" for name in rounds]
     panel.set_yticks(range(len(rounds)), titles, fontsize=8)
     panel.set_ylim(len(rounds) - 0.4, -0.6)
     panel.set_xlim(0, 1.02)
@@ -181,76 +239,98 @@ def draw_steps(arms: list[dict]) -> None:
     figure.savefig(HERE / "steps.png", dpi=110)
 
 
-def draw_cost(arms: list[dict], steps: int = 250) -> None:
-    """Accuracy against the tokens that a prompt's prefill reads, before training and after."""
+def draw_cost(arms: list[dict]) -> None:
+    """Median accuracy against the tokens that are read, before training (hollow) and after."""
     from matplotlib.figure import Figure
-    tasks = sorted({arm["task"] for arm in arms})
-    figure = Figure(figsize=(5.5 * len(tasks), 4), layout="constrained")
-    for panel, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks):
-        here = [arm for arm in arms if arm["task"] == task and arm["steps"] == steps]
-        for order, cost in TOKENS.items():
-            for name, mark in (("no_fs", "o"), ("prompt_fs", "D")):
-                group = [arm for arm in here if arm["order"] == order and arm["arm"] == name
-                         and (name == "no_fs" or arm["round"] in ("S20", "S21", "S22", "S23"))]
-                for step, fill in (("0", "none"), (str(steps), "full")):
-                    values = [arm["acc"][step] for arm in group]
-                    if values and (name == "no_fs" or step != "0"):
-                        panel.plot(cost, np.median(values), mark, fillstyle=fill, markersize=9,
-                                   color="tab:orange" if name == "prompt_fs" else "tab:gray")
-                        panel.annotate(f"{order}, {name}{', untrained' if step == '0' else ''}",
-                                       (cost, np.median(values)), fontsize=7, xytext=(6, -2),
-                                       textcoords="offset points")
-        panel.set_title(task)
-        panel.set_xlabel("tokens read, in prompts")
-        panel.set_xlim(0.9, 2.6)
-    figure.savefig(HERE / "cost.png", dpi=110)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for panel, names in zip(figure.subplots(1, 2, sharey=True), (("S20", "S22", "S24", "S25"),
+                                                                 ("S21", "S23", "S26", "S27"))):
+        points = [(name, "no_fs", what) for name, what in zip(names, (
+            "question last", "question first", "at both ends", "everything twice"))]
+        for name, arm, what in [*points, (names[0], "prompt_fs", "question last, Future-Seed")]:
+            wanted = dict(round=name, arm=arm, **usual(MINIATURES[name]))
+            for step, fill, when in ((0, "none", " untrained"), (None, "full", "")):
+                values = end_values(arms, step, **wanted)
+                if values and (arm == "no_fs" or step is None):
+                    place = tokens_read(name), float(np.median(values))
+                    panel.plot(*place, "o" if arm == "no_fs" else "D", fillstyle=fill, markersize=9,
+                               color="tab:orange" if arm == "prompt_fs" else "tab:gray")
+                    low = when and what != "question last" or arm == "prompt_fs"
+                    panel.annotate(what + when, place, fontsize=7, xytext=(8, -9 if low else 3),
+                                   textcoords="offset points")
+        panel.set_title(MINIATURES[names[0]].task)
+        panel.set_xlabel("tokens read for a prompt")
+        panel.set_xlim(0.9 * tokens_read(names[0]), 2.5 * tokens_read(names[0]))
+        panel.set_ylabel("accuracy, median of seeds")
+    figure.savefig(HERE / "cost.png", dpi=100)
 
 
 # ---- where an answer comes from ----------------------------------------------------------------------------
 
-def influence(model, fs, example, layer_inputs: list):
-    """How much each prompt token's input to each layer counts for the right answer: |gradient x input|, its
-    channels summed, (L, T)."""
+def influence(model, fs, examples) -> np.ndarray:
+    """How much each prompt token's input to each layer counts for the right answer: |gradient x input| of its
+    log probability, channels summed, (L, B, T)."""
     from data import collate
     from fs import answer_logits
-    layer_inputs.clear()
-    logits, _ = answer_logits(model, fs, *collate([example])[:3])
-    logits[0, 0].log_softmax(dim=-1)[example.answer[0]].backward()
-    return np.array([(x.grad * x).sum(dim=-1).abs()[0, :len(example.prompt)].tolist() for x in layer_inputs])
+    layer_inputs = []
+
+    def keep(block, inputs):
+        inputs[0].retain_grad()
+        layer_inputs.append(inputs[0])
+
+    hooks = [block.register_forward_pre_hook(keep) for block in model.blocks]
+    prompt, lengths, answer, _ = collate(examples)
+    logits, _ = answer_logits(model, fs, prompt, lengths, answer)
+    logits[:, 0].log_softmax(dim=-1).gather(1, answer[:, :1]).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return np.array([(x.grad * x).sum(dim=-1).abs().tolist() for x in layer_inputs])
 
 
-def where(folder: Path) -> None:
-    """For the first validation question: how much each fact counts, layer by layer, in both arms."""
-    import torch
+def where(folder: Path, count: int = 128) -> None:
+    """A round in HotpotQA's form. Its first seed and question: how much each token counts in each layer. All
+    its seeds: what share of the context's counts falls on the fact that is asked for, over more questions."""
     from matplotlib.figure import Figure
     from fs import FutureSeed
     from model import RWKV7, read_tensors
     from rounds import Round
     from standin import small_tokenizer, validation_examples
-    recipe = Round(folder.parent.name, "", **read_run(folder / "prompt_fs")["settings"])
-    example = validation_examples(recipe)[0]
-    words = [small_tokenizer().decode([token]) for token in example.prompt]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for panel, arm in zip(figure.subplots(2, 1, sharex=True), ARMS):
-        model, fs = RWKV7.load(folder / arm / "model.pth"), None
-        if arm == "prompt_fs":
-            fs = FutureSeed(model.config, **recipe.fs_settings())
-            fs.load_state_dict(read_tensors(folder / arm / "fs.pth")[0])
-            fs.detach = False
-        layer_inputs: list[torch.Tensor] = []
-
-        def keep(block, inputs):
-            inputs[0].retain_grad()
-            layer_inputs.append(inputs[0])
-
-        for block in model.blocks:
-            block.register_forward_pre_hook(keep)
-        counts = influence(model, fs, example, layer_inputs)
-        panel.imshow(counts / counts.max(axis=1, keepdims=True), aspect="auto", cmap="Oranges")
-        panel.set_ylabel(f"{arm}: layer")
-    panel.set_xticks(range(len(words)), [repr(word)[1:-1] for word in words], rotation=90, fontsize=7)
-    figure.suptitle(f"how much each token counts for the answer {example.text!r}, a row a layer")
-    figure.savefig(HERE / "where.png", dpi=110)
+    seeds = [folder / f"seed{seed}" for seed in seeds_on_disk(folder)]
+    recipe = Round(folder.name, "", **read_run(seeds[0] / "prompt_fs")["settings"])
+    examples = validation_examples(recipe)[:count]
+    # the question names the fact by the same token as the context; the fact's value is the token after it
+    asked = [(e.prompt.index(e.prompt[-4]), len(e.prompt) - e.tail) for e in examples]
+    words = [repr(small_tokenizer().decode([token]))[1:-1] for token in examples[0].prompt[:-1]]
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    *maps, lines = figure.subplots(3, 1)
+    for panel, arm, colour in zip(maps, ARMS, ("tab:gray", "tab:orange")):
+        shares = []    # by seed and layer
+        for seed in seeds:
+            model, fs = RWKV7.load(seed / arm / "model.pth"), None
+            if arm == "prompt_fs":
+                fs = FutureSeed(model.config, **recipe.fs_settings())
+                fs.load_state_dict(read_tensors(seed / arm / "fs.pth")[0])
+                fs.detach = False
+            counts = influence(model, fs, examples)
+            shares.append([np.mean([of_one[place:place + 2].sum() / of_one[:end].sum()
+                                    for of_one, (place, end) in zip(layer, asked)]) for layer in counts])
+            if seed == seeds[0]:
+                first = counts[:, 0, :len(words)]
+                panel.imshow(first / first.max(axis=1, keepdims=True), aspect="auto", cmap="Oranges")
+                panel.set_ylabel(f"{arm}: layer")
+                panel.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+        lines.plot(np.transpose(shares), color=colour, linewidth=0.5, alpha=0.5)
+        middle = np.median(shares, axis=0)
+        lines.plot(middle, "o-", color=colour, label=f"{arm}, median of {len(seeds)} seeds")
+        print(f"{arm}, share by layer, median of seeds:", *(f"{share:.2f}" for share in middle))
+    alike = np.mean([2 / end for _, end in asked])
+    lines.axhline(alike, linestyle=":", color="black", label="if all tokens of the context counted alike")
+    lines.set_xlabel("layer")
+    lines.set_ylabel("share of the asked fact")
+    lines.legend(fontsize=8)
+    figure.suptitle(f"{folder.name}, {seeds[0].name}: how much each token counts for the answer "
+                    f"{examples[0].text!r}, a row a layer, without the last token")
+    figure.savefig(HERE / "where.png", dpi=100)
 
 
 if __name__ == "__main__":
@@ -260,8 +340,7 @@ if __name__ == "__main__":
         where(Path(sys.argv[2]))
     else:
         results = read_results()
-        print(table(results))
-        print(every_seed(results))
+        print(verdicts(results), instead(results), axes(results), every_seed(results), sep="\n")
         draw_seeds(results)
         draw_steps(results)
         draw_cost(results)

@@ -321,10 +321,10 @@ def test_p_values_are_corrected_for_their_number(tmp_path, capsys, monkeypatch):
         write_runs(tmp_path, name, range(seeds), shift=0.49, standin=True)
     out = report_of(capsys, "R6", "S3", "R2", "R8", "--runs", tmp_path).out
     words = {part.split(":")[0]: part for part in out.split("\n\n")}
-    assert "p 0.0156 (reg" in words["S3"] and "sign test" not in words["R8"]
-    assert all("p 0.0312 (Holm, 2 rounds)" in words[name] for name in ("R6", "R2"))
+    assert "p 0.016 (reg" in words["S3"] and "sign test" not in words["R8"]
+    assert all("p 0.031 (Holm, 2 rounds)" in words[name] for name in ("R6", "R2"))
     assert "no_fs 0 of 7, prompt_fs 7 of 7; exact paired p 0.016" in words["R6"]
-    assert "p 0.0156 (exploratory)" in report_of(capsys, "R2", "--runs", tmp_path).out
+    assert "p 0.016 (exploratory)" in report_of(capsys, "R2", "--runs", tmp_path).out
 
 
 @pytest.mark.parametrize("damage", [
