@@ -1,7 +1,7 @@
 """The study's numbers, tables and figures.
 
     python study/study.py collect runs/standin runs/steps/standin     every finished arm there -> results.json
-    python study/study.py                                             results.json -> tables (printed), figures
+    python study/study.py                                             results.json -> tables and figures
     python study/study.py where runs/standin/S20                      where an answer comes from -> where.png
 
 results.json holds a line an arm: what it is, its accuracy at every evaluation, its controls, and which of the
@@ -131,7 +131,7 @@ def verdicts(arms: list[dict]) -> str:
     corrected = iter(holm([p for primary, p in tests if not primary]))
     for row, (primary, p) in zip(rows, tests):
         row.append(f"{p:.2g} (registered)" if primary else f"{next(corrected):.2g}")
-    head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "its seed states off, other, shuffled",
+    head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "its seed off, other, shuffled",
             "d_acc of the typical seed", "a seed gains", "jumps", "sign test, p (Holm)"]
     return markdown([head, *rows])
 
@@ -240,28 +240,31 @@ def draw_steps(arms: list[dict]) -> None:
 
 
 def draw_cost(arms: list[dict]) -> None:
-    """Median accuracy against the tokens that are read, before training (hollow) and after."""
+    """Accuracy against the tokens that are read, before training (hollow) and after: median and range of the
+    seeds. What reads as many tokens stands side by side."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for panel, names in zip(figure.subplots(1, 2, sharey=True), (("S20", "S22", "S24", "S25"),
-                                                                 ("S21", "S23", "S26", "S27"))):
-        points = [(name, "no_fs", what) for name, what in zip(names, (
-            "question last", "question first", "at both ends", "everything twice"))]
-        for name, arm, what in [*points, (names[0], "prompt_fs", "question last, Future-Seed")]:
-            wanted = dict(round=name, arm=arm, **usual(MINIATURES[name]))
-            for step, fill, when in ((0, "none", " untrained"), (None, "full", "")):
-                values = end_values(arms, step, **wanted)
-                if values and (arm == "no_fs" or step is None):
-                    place = tokens_read(name), float(np.median(values))
-                    panel.plot(*place, "o" if arm == "no_fs" else "D", fillstyle=fill, markersize=9,
-                               color="tab:orange" if arm == "prompt_fs" else "tab:gray")
-                    low = when and what != "question last" or arm == "prompt_fs"
-                    panel.annotate(what + when, place, fontsize=7, xytext=(8, -9 if low else 3),
-                                   textcoords="offset points")
-        panel.set_title(MINIATURES[names[0]].task)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    kinds = (("question last", "no_fs", 0, "o", "tab:gray", 0.0),
+             ("question last, Future-Seed", "prompt_fs", 0, "D", "tab:orange", 1.2),
+             ("question first", "no_fs", 1, "s", "tab:blue", -1.2),
+             ("question at both ends", "no_fs", 2, "^", "tab:green", 0.0),
+             ("everything twice", "no_fs", 3, "v", "tab:purple", 0.0))
+    for panel, names in zip(figure.subplots(1, 2, sharey=True), ("S20 S22 S24 S25", "S21 S23 S26 S27")):
+        for what, arm, place, mark, colour, aside in kinds:
+            name = names.split()[place]
+            for step, fill, shift in ((0, "none", -0.4), (None, "full", 0.4)):
+                values = end_values(arms, step, round=name, arm=arm, **usual(MINIATURES[name]))
+                if values:
+                    middle, tokens = np.median(values), tokens_read(name) + aside + shift
+                    spread = [[middle - min(values)], [max(values) - middle]]
+                    panel.errorbar(tokens, middle, spread, fmt=mark, color=colour, fillstyle=fill,
+                                   markersize=8, elinewidth=0.8, label=what if step is None else None)
+        panel.set_title({"arc": "ARC's form", "hotpotqa": "HotpotQA's form"}[MINIATURES[name].task])
         panel.set_xlabel("tokens read for a prompt")
-        panel.set_xlim(0.9 * tokens_read(names[0]), 2.5 * tokens_read(names[0]))
-        panel.set_ylabel("accuracy, median of seeds")
+        panel.set_ylim(0, 1.04)
+    figure.axes[0].set_ylabel("accuracy; hollow: untrained")
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, fontsize=8, loc="outside upper center", ncols=5)
     figure.savefig(HERE / "cost.png", dpi=100)
 
 
