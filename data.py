@@ -8,7 +8,6 @@ length rules and the way examples are drawn are the experiment log's, byte for b
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -28,8 +27,8 @@ import torch
 import torch.hub
 from torch.nn.utils.rnn import pad_sequence
 
-from files import atomic_write, say
-from tokenizer import VOCABULARY_SHA256, Tokenizer
+from files import say
+from tokenizer import Tokenizer
 
 # (task, split): file under the assets folder, records in the published file
 FILES = {
@@ -249,10 +248,18 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps([vars(example) for example in examples]).encode()).hexdigest()
 
 
-def draw(task: str, split: str, path: Path, n: int | None, seed: int, rules: dict) -> list[Example]:
-    """The first n of the file's records, shuffled as in the log, that qualify under make_example's rules."""
+def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
+                  n: int | None, seed: int, assets: str | Path, offline: bool = False) -> list[Example]:
+    """The first n examples that qualify, of the records shuffled by `seed`, as in the log.
+
+    Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
+    assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
+    make_example. Raises FileNotFoundError without the file, ValueError for a malformed record, two of one id,
+    or too few that qualify.
+    """
+    path = find_file(task, split, Path(assets), offline)
     if path.stat().st_size > 100e6:
-        say(f"reading {path.name}, once: up to a minute")
+        say(f"reading {path.name}, a quarter of a minute")
     records, published = read_records(path), FILES[task, split][1]
     if len(records) != published:
         say(f"note: {path} holds {len(records):,} records; the published file holds {published:,}")
@@ -264,44 +271,18 @@ def draw(task: str, split: str, path: Path, n: int | None, seed: int, rules: dic
         if len(examples) == n:
             break
         try:
-            example = make_example(task, records[i], tokenizer, **rules)
+            example = make_example(task, records[i], tokenizer, order=order, max_prompt=max_prompt,
+                                   max_answer=max_answer, min_prompt=min_prompt)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: record {i + 1}: {error}") from None
         if example is not None:
             examples.append(example)
     if not examples or len(examples) < (n or 0):
-        setting, least = "n_train" if split == "train" else "n_val", rules["min_prompt"]
+        setting = "n_train" if split == "train" else "n_val"
         raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
-                         f"{least}); lower {setting} = {n}" + " or min_prompt" * (least > 0))
+                         f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
     if len({example.id for example in examples}) < len(examples):
         raise ValueError(f"{path}: two of its records have the same id; restore the published file")
-    return examples
-
-
-def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
-                  n: int | None, seed: int, assets: str | Path, offline: bool = False) -> list[Example]:
-    """The first n examples that qualify, of the records shuffled by `seed`, as in the log.
-
-    Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
-    assets, the folder of the files, which are downloaded into it unless `offline`; the rest as in
-    make_example. What comes out is kept in assets/cache, under a name made of all that decides it. Raises
-    FileNotFoundError without the file, ValueError for a malformed record, two of one id, or too few.
-    """
-    path = find_file(task, split, Path(assets), offline)
-    rules = dict(order=order, max_prompt=max_prompt, min_prompt=min_prompt, max_answer=max_answer)
-    decisive = [task, split, sha256_of(path), VOCABULARY_SHA256, sha256_of(Path(__file__)), rules, n, seed]
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    cache = Path(assets) / "cache" / f"{task}-{split}-{key[:16]}.json"
-    try:
-        checksum, rows = json.loads(cache.read_bytes())
-        examples = [Example(**row) for row in rows]
-        if examples and fingerprint(examples) == checksum:
-            return examples
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass    # not there yet, or damaged
-    examples = draw(task, split, path, n, seed, rules)
-    with contextlib.suppress(OSError), atomic_write(cache, "w") as file:    # not kept, the next start is slow
-        json.dump([fingerprint(examples), [vars(example) for example in examples]], file)
     return examples
 
 

@@ -303,11 +303,8 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
                   f"Future-Seed at work, in the same time: python train.py --round {SHOWN} --seed {seed}"]
     else:
         lines.append("So it answers by way of them.")
-    prompt = tokenizer.decode(validation[0].prompt).replace("\n", "\\n")
-    lines += ["One seed decides nothing, for another may learn what this one missed. A verdict needs "
-              f"{MIN_SEEDS}: --seeds 0-{MIN_SEEDS - 1}",
-              f"To ask it yourself: python eval.py --checkpoint {folder / 'prompt_fs/model.pth'} --ask "
-              f"$'{prompt}'"]
+    lines.append("One seed decides nothing, for another may learn what this one missed. A verdict needs "
+                 f"{MIN_SEEDS}: --seeds 0-{MIN_SEEDS - 1}")
     return "\n  ".join(lines)
 
 

@@ -23,7 +23,7 @@ from files import Progress, say
 from fs import answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import Round
-from tokenizer import END_OF_DOCUMENT, Tokenizer
+from tokenizer import END_OF_DOCUMENT, Tokenizer, build_trie
 
 MAX_PROMPT = 256    # tokens, and more than any question has
 LENGTHS = {"max_prompt": MAX_PROMPT, "max_answer": 4}
@@ -91,22 +91,21 @@ class SmallTokenizer(Tokenizer):
 
     def __init__(self):
         super().__init__()
-        self.number = {token: token for token in self.tokens}    # all of them, until the questions are seen
         words = [space + word for word in (*NAMES, *VERBS, *LABELS) for space in ("", " ")]
         used = {token for word in words for token in self.encode(word)}
         for task in "arc", "hotpotqa":
             record = standin_records(task, "train", 1, 0, 2)[0]
             for order in "context_first", "question_first":
                 used.update(make_example(task, record, self, order=order, **LENGTHS).prompt)
-        self.number = {token: number for number, token in enumerate(sorted(used), start=1)}
-        self.tokens = {number: self.tokens[token] for token, number in self.number.items()}
+        self.tokens = {number: self.tokens[token] for number, token in enumerate(sorted(used), start=1)}
+        self.trie = build_trie(self.tokens)
         self.tokens[END_OF_DOCUMENT] = b""
 
     def encode(self, text):
         """Ids in the small vocabulary. ValueError for a word that no question of the stand-in holds."""
         try:
-            return [self.number[token] for token in super().encode(text)]
-        except KeyError:
+            return super().encode(text)
+        except (KeyError, TypeError):    # the trie has no branch, or no token at its end
             raise ValueError(f"{text!r}: the stand-in knows only names (Ann, Bob, …), verbs (runs, sings, …) "
                              "and the words around them") from None
 
@@ -154,7 +153,7 @@ def base_work(recipe: Round) -> float:
 
 
 def fresh_model(channels: int, seed: int) -> RWKV7:
-    vocab_size = 1 + len(small_tokenizer().number)
+    vocab_size = len(small_tokenizer().tokens)
     model = RWKV7.init(Config(LAYERS, channels, HEAD_SIZE, vocab_size, 2 * channels, *[RANK] * 4), seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
     nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))

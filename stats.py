@@ -97,8 +97,8 @@ def question_variance(x) -> float:
 
 # ---- counts of seeds ---------------------------------------------------------------------------------------
 
-def at_most(k: int, n: int, chance: float) -> float:
-    """Chance of k successes or fewer in n independent trials."""
+def at_most(k: int, n: int, chance):
+    """Chance of k successes or fewer in n independent trials, for a chance of each, or an array of them."""
     return sum(math.comb(n, i) * chance ** i * (1 - chance) ** (n - i) for i in range(k + 1))
 
 
@@ -135,13 +135,8 @@ def chance_to_gain(deltas) -> tuple[float, float, float]:
 
 def largest_chance(k: int, n: int) -> float:
     """The largest chance of success at which k successes or fewer in n trials still come in 2.5% of cases."""
-    if k == n:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(50):    # bisection, as the probability falls with the chance
-        middle = (low + high) / 2
-        low, high = (middle, high) if at_most(k, n, middle) > 0.025 else (low, middle)
-    return low
+    chances = np.linspace(0, 1, 100_001)
+    return float(chances[at_most(k, n, chances) > 0.025].max())
 
 
 def holm(p_values) -> np.ndarray:
