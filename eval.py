@@ -41,7 +41,7 @@ from standin import chance, small_tokenizer
 from stats import (EFFECT, JUMP, MIN_SEEDS, RULE, chance_to_gain, holm, judge, mcnemar, sign_test, signs)
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-SHOWN = "S3"    # the round in which Future-Seed is seen at work
+SHOWN = "S20"    # the round in which Future-Seed is seen at work
 # prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
 CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
 

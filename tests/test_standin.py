@@ -316,7 +316,7 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
         asked = f"{TOKENS.decode(example.prompt).split()[-2]}, Answer:\n      {said}"
         assert words.count(asked) == i % 2
     assert ("it answers by way of them" in words) == (off == 25)
-    assert ("0.119, from layer 1" in words and "--round S3 --seed 3" in words) == (off == 75)
+    assert ("0.119, from layer 1" in words and "--round S20 --seed 3" in words) == (off == 75)
 
 
 def test_settings_of_the_stand_in(instant, tmp_path, monkeypatch, capsys):
