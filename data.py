@@ -319,10 +319,7 @@ def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[
     """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    if torch.device(device).type == "cuda":
-        # from pinned memory the copies queue up behind the work before them, and nobody waits
-        padded, lengths = padded.pin_memory(), lengths.pin_memory()
-    return padded.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+    return padded.to(device), lengths.to(device)
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:

@@ -33,6 +33,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -108,6 +109,16 @@ def list_rounds(runs_dir: Path) -> None:
 
 # ---- what it takes -----------------------------------------------------------------------------------------
 
+class Material(NamedTuple):
+    """What the arms are made from and scored on."""
+
+    train: list[Example]
+    validation: list[Example]
+    base: RWKV7             # read once: both arms start from these tensors
+    base_name: str
+    tokenizer: Tokenizer
+
+
 @dataclass(frozen=True)
 class Job:
     """One seed of a round: what its two arms have in common."""
@@ -118,18 +129,15 @@ class Job:
     minutes: float | None
     device: torch.device
     folder: Path            # runs/R8/seed1
-    base: RWKV7             # read once: both arms start from these tensors
-    base_name: str
-    train: list[Example]
-    validation: list[Example]
-    tokenizer: Tokenizer
+    material: Material
 
     def identity(self, arm: str) -> dict:
         """What a run is. Where any of it differs it is another run."""
+        train, validation, base, base_name, _ = self.material
         return {"round": self.recipe.name, "seed": self.seed, "arm": arm, "standin": self.standin,
                 "settings": self.recipe.settings(), "minutes": self.minutes,
-                "base": {"name": self.base_name, "sha256": self.base.sha256},
-                "data": {"train": fingerprint(self.train), "validation": fingerprint(self.validation)}}
+                "base": {"name": base_name, "sha256": base.sha256},
+                "data": {"train": fingerprint(train), "validation": fingerprint(validation)}}
 
     def surroundings(self) -> dict:
         """What a run should not depend on, but for its last bits."""
@@ -155,7 +163,7 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
     return RWKV7.load(path), path.name
 
 
-def real_material(recipe: Round, args: argparse.Namespace) -> dict:
+def real_material(recipe: Round, args: argparse.Namespace) -> Material:
     """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that is missing."""
     rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
                  max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
@@ -179,17 +187,17 @@ def real_material(recipe: Round, args: argparse.Namespace) -> dict:
                          f"{largest}; use a base with the RWKV World vocabulary")
     if recipe.fs_layer_start >= base.config.n_layer:
         say(f"note: {name} has no layer {recipe.fs_layer_start}, fs_layer_start: nothing is seeded")
-    return dict(train=train, validation=validation, base=base, base_name=name, tokenizer=Tokenizer())
+    return Material(train, validation, base, name, Tokenizer())
 
 
-def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progress: Progress) -> dict:
+def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progress: Progress) -> Material:
     """The same of the stand-in: the seed's own questions, and its base, trained here if it is not there."""
     path = standin.base_path(recipe, seed, args.assets)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)    # or fail before the work, not after
         standin.pretrain(recipe, seed, path, torch.device(args.device), progress)
-    return dict(train=standin.training_examples(recipe, seed), validation=standin.validation_examples(recipe),
-                base=RWKV7.load(path), base_name="stand-in", tokenizer=standin.small_tokenizer())
+    return Material(standin.training_examples(recipe, seed), standin.validation_examples(recipe),
+                    RWKV7.load(path), "stand-in", standin.small_tokenizer())
 
 
 def work_of(recipe: Round, arms: list[str]) -> float:
@@ -268,11 +276,11 @@ class Arm:
         self.name = f"{job.recipe.name} seed {job.seed} {name}"
         self.folder = job.folder / name
         self.identity = job.identity(name)
-        self.model = copy.deepcopy(job.base).to(job.device)
+        self.model = copy.deepcopy(job.material.base).to(job.device)
         self.model.checkpoint_activations = job.recipe.checkpoint_activations
         self.fs = None
         if name == "prompt_fs":
-            self.fs = FutureSeed(job.base.config, **job.recipe.fs_settings()).to(job.device)
+            self.fs = FutureSeed(self.model.config, **job.recipe.fs_settings()).to(job.device)
         self.optimizer = make_optimizer(self.model, self.fs, job.recipe)
         self.ledger = Ledger()
 
@@ -312,14 +320,14 @@ class Arm:
     def scored(self, progress: Progress, control: str | None = None) -> list[dict]:
         """Records of the whole validation set."""
         job, step, longest = self.job, self.ledger.step, self.job.recipe.max_prompt
+        validation, rows = job.material.validation, max(1, TOKENS_PER_EVALUATION_BATCH // longest)
         what = f"its seed states {CONTROLS[control]}" if control else f"validation at step {step}"
 
         def tick(done, more):
-            progress.tick(more * longest, f"{self.name}: {what}: {done} of {len(job.validation)} questions")
+            progress.tick(more * longest, f"{self.name}: {what}: {done} of {len(validation)} questions")
 
-        return score(self.model, job.validation, self.fs, device=job.device, step=step, control=control,
-                     batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // longest), tokenizer=job.tokenizer,
-                     tick=tick)
+        return score(self.model, validation, self.fs, device=job.device, step=step, control=control,
+                     batch_size=rows, tokenizer=job.material.tokenizer, tick=tick)
 
     def evaluate(self, progress: Progress) -> None:
         """Score the whole validation set and write down what came out."""
@@ -383,7 +391,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     arm, recipe = Arm(job, name), job.recipe
     arm.resume()
     ledger = arm.ledger
-    stream = batches(job.train, recipe.batch_size, job.seed, start=ledger.step, shuffle=not job.standin)
+    examples = job.material.train
+    stream = batches(examples, recipe.batch_size, job.seed, start=ledger.step, shuffle=not job.standin)
     saved = time.monotonic()
     while True:
         interrupt.patient = True
@@ -417,15 +426,15 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
 
 # ---- the verdict -------------------------------------------------------------------------------------------
 
-def run_seed(recipe: Round, seed: int, material: dict | None, args: argparse.Namespace, progress: Progress,
-             interrupt: Interrupt) -> None:
+def run_seed(recipe: Round, seed: int, material: Material | None, args: argparse.Namespace,
+             progress: Progress, interrupt: Interrupt) -> None:
     """One seed, from taking its folder to the report. Without material it runs on the stand-in."""
     folder = args.runs / ("standin" if material is None else "") / recipe.name / f"seed{seed}"
     with locked(folder):
         if args.fresh:
             clear(folder, args.arms)
         here = material or standin_material(recipe, seed, args, progress)
-        job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, **here)
+        job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, here)
         # of all arms before the first runs: a refusal comes at once
         states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]
         for arm, state in zip(args.arms, states):
@@ -439,7 +448,7 @@ def run_seed(recipe: Round, seed: int, material: dict | None, args: argparse.Nam
             result, text = report(folder.parent)
             print(text)
             if job.standin:
-                print(explain(result, seed, job.validation, job.tokenizer, folder))
+                print(explain(result, seed, here.validation, here.tokenizer, folder))
 
 
 def reproducible(device: str) -> None:
@@ -454,7 +463,7 @@ def reproducible(device: str) -> None:
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 
 
-def choose_material(real: Round, small: Round, args: argparse.Namespace) -> dict | None:
+def choose_material(real: Round, small: Round, args: argparse.Namespace) -> Material | None:
     """What all seeds of a round need of the publishers' data and base; None: it runs on the stand-in."""
     no_gpu = args.device == "cpu" and not args.real and args.base is None
     reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""

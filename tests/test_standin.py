@@ -240,8 +240,8 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     recipe = dataclasses.replace(SMALL["S1"], steps=4, batch_size=4, n_val=8)
     base = tmp_path / "mine.pth"
     standin.fresh_model(16, 9).save(base)
-    material = dict(train=standin.training_examples(recipe, 1), base=RWKV7.load(base), base_name="mine.pth",
-                    validation=standin.validation_examples(recipe), tokenizer=TOKENS)
+    material = train.Material(standin.training_examples(recipe, 1), standin.validation_examples(recipe),
+                              RWKV7.load(base), "mine.pth", TOKENS)
     assert train.main(arguments(tmp_path)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "real_material", lambda *_: material)
@@ -330,7 +330,7 @@ def test_settings_of_the_stand_in(instant, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(train, "run_seed", lambda *_: None)
-    monkeypatch.setattr(train, "real_material", lambda *_: {})
+    monkeypatch.setattr(train, "real_material", lambda *_: object())
     assert train.main(arguments(tmp_path)) == train.main(arguments(tmp_path, "--real")) == 0
     assert taken == [1, 2]
 

@@ -523,8 +523,8 @@ def make_arm(base, folder, *settings):
     rules = dict(max_prompt=256, max_answer=4, order="context_first")
     batch = [data.make_example("arc", record, standin.small_tokenizer(), **rules)
              for n in (2, 4, 7, 3, 3) for record in standin.standin_records("arc", "train", 1, n, n)]
-    job = train.Job(recipe, 5, False, None, torch.device("cpu"), folder, RWKV7.load(base), "tiny.pth", batch,
-                    batch, standin.small_tokenizer())
+    material = train.Material(batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
+    job = train.Job(recipe, 5, False, None, torch.device("cpu"), folder, material)
     return train.Arm(job, "prompt_fs"), batch
 
 
