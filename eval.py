@@ -177,10 +177,12 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
     for s, line in enumerate(per_seed):
         for m, metric in enumerate(METRICS):
             line[metric] = {name: float(column[s, m]) for name, column in columns.items()}
+    # what was registered is the miniature, as published
+    primary = recipe.primary and run["standin"] and run["settings"] == recipe.settings()
     verdict, *typical = judge(x[..., 0])
     learned = means[..., 0] > JUMP                    # (S, 2)
     return {
-        "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": recipe.primary,
+        "round": recipe.name, "title": recipe.title, "task": recipe.task, "primary": primary,
         "standin": run["standin"], "seeds": list(found), "examples": len(ids), "notes": notes,
         "labels": labels_of(run, recipe), "damaged": damaged, "settings": run["settings"],
         "per_seed": per_seed,

@@ -325,6 +325,9 @@ def test_p_values_are_corrected_for_their_number(tmp_path, capsys, monkeypatch):
     assert all("p 0.031 (Holm, 2 rounds)" in words[name] for name in ("R6", "R2"))
     assert "no_fs 0 of 7, prompt_fs 7 of 7; exact paired p 0.016" in words["R6"]
     assert "p 0.016 (exploratory)" in report_of(capsys, "R2", "--runs", tmp_path).out
+    write_runs(tmp_path / "longer", "S3", range(7), shift=0.49, standin=True,
+               settings={**small["S3"].settings(), "steps": 500})
+    assert "p 0.016 (exploratory)" in report_of(capsys, "S3", "--runs", tmp_path / "longer").out
 
 
 @pytest.mark.parametrize("damage", [
