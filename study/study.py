@@ -217,26 +217,24 @@ def draw_seeds(arms: list[dict]) -> None:
 
 
 def draw_steps(arms: list[dict]) -> None:
-    """Accuracy against training steps, a thin line a seed and the median thick, a panel a task."""
+    """Accuracy against training steps in HotpotQA's form, a thin line a seed and the median thick."""
     from matplotlib.figure import Figure
-    long = [arm for arm in arms if len(arm["acc"]) > 3]
-    tasks = sorted({arm["task"] for arm in long})
-    figure = Figure(figsize=(5.5 * max(1, len(tasks)), 4), layout="constrained")
-    for panel, task in zip(np.atleast_1d(figure.subplots(1, max(1, len(tasks)), sharey=True)), tasks):
-        lines = sorted({(arm["arm"], arm["round"] if arm["arm"] == "prompt_fs" else "") for arm in long
-                        if arm["task"] == task})
-        for number, (name, round_name) in enumerate(lines):
-            members = [arm for arm in long if arm["task"] == task and arm["arm"] == name
-                       and round_name in ("", arm["round"])]
-            steps = sorted(map(int, members[0]["acc"]))
-            curves = np.array([[arm["acc"][str(step)] for step in steps] for arm in members])
-            panel.plot(steps, curves.T, color=f"C{number}", linewidth=0.5, alpha=0.4)
-            panel.plot(steps, np.median(curves, axis=0), color=f"C{number}", linewidth=2,
-                       label=f"{name} {round_name}, {len(members)} seeds")
-        panel.set_title(task)
-        panel.set_xlabel("training steps")
-        panel.legend(fontsize=8)
-    figure.savefig(HERE / "steps.png", dpi=110)
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    panel = figure.subplots()
+    for number, (label, arm, name) in enumerate((
+            ("no_fs", "no_fs", "S20"), ("R6, the log's recipe", "prompt_fs", "R6"),
+            ("S20", "prompt_fs", "S20"))):
+        members = select(arms, round=name, arm=arm, steps=1000).values()
+        steps = range(0, 1001, 125)
+        curves = np.array([[arm["acc"][str(step)] for step in steps] for arm in members])
+        colour = ("tab:gray", "tab:blue", "tab:orange")[number]
+        panel.plot(steps, curves.T, color=colour, linewidth=0.5, alpha=0.4)
+        panel.plot(steps, np.median(curves, axis=0), "o-", color=colour, linewidth=2,
+                   label=f"{label}, {len(members)} seeds")
+    panel.set_xlabel("training steps")
+    panel.set_ylabel("accuracy, question last")
+    panel.legend(fontsize=8)
+    figure.savefig(HERE / "steps.png", dpi=100)
 
 
 def draw_cost(arms: list[dict]) -> None:
