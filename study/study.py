@@ -6,6 +6,7 @@
 
 results.json holds a line an arm: what it is, its accuracy at every evaluation, its controls, and which of the
 validation questions it answered right at the end, as bits. Figures need matplotlib.
+Shapes: L layers, B questions, T tokens of a prompt.
 """
 
 import json
@@ -17,10 +18,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from data import collate    # noqa: E402
 from eval import CONTROLS    # noqa: E402
 from files import ARMS, read_records, read_run, say, seeds_on_disk    # noqa: E402
-from rounds import load_rounds    # noqa: E402
-from standin import chance, validation_examples    # noqa: E402
+from fs import FutureSeed, answer_logits    # noqa: E402
+from model import RWKV7, read_tensors    # noqa: E402
+from rounds import Round, load_rounds    # noqa: E402
+from standin import chance, small_tokenizer, validation_examples    # noqa: E402
 from stats import JUMP, chance_to_gain, holm, judge, mcnemar, sign_test    # noqa: E402
 
 KEYS = ("round", "seed", "arm", "task", "order", "steps", "facts", "channels")
@@ -91,7 +95,7 @@ def bits_of(arm: dict) -> np.ndarray:
 def end_values(arms: list[dict], step: int | None = None, **wanted) -> list[float]:
     """The wanted arms' accuracy at a step, or at their end, in the order of their seeds."""
     members = sorted(select(arms, **wanted).items())
-    return [arm["acc"][str(arm["steps"] if step is None else step)] for _, arm in members]
+    return [end_of(arm) if step is None else arm["acc"][str(step)] for _, arm in members]
 
 
 def in_short(values: list[float]) -> str:
@@ -221,13 +225,12 @@ def draw_steps(arms: list[dict]) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     panel = figure.subplots()
-    for number, (label, arm, name) in enumerate((
-            ("no_fs", "no_fs", "S20"), ("R6, the log's recipe", "prompt_fs", "R6"),
-            ("S20", "prompt_fs", "S20"))):
+    for label, arm, name, colour in (
+            ("no_fs", "no_fs", "S20", "tab:gray"), ("R6, the log's recipe", "prompt_fs", "R6", "tab:blue"),
+            ("S20", "prompt_fs", "S20", "tab:orange")):
         members = select(arms, round=name, arm=arm, steps=1000).values()
         steps = range(0, 1001, 125)
         curves = np.array([[arm["acc"][str(step)] for step in steps] for arm in members])
-        colour = ("tab:gray", "tab:blue", "tab:orange")[number]
         panel.plot(steps, curves.T, color=colour, linewidth=0.5, alpha=0.4)
         panel.plot(steps, np.median(curves, axis=0), "o-", color=colour, linewidth=2,
                    label=f"{label}, {len(members)} seeds")
@@ -271,8 +274,6 @@ def draw_cost(arms: list[dict]) -> None:
 def influence(model, fs, examples) -> np.ndarray:
     """How much each prompt token's input to each layer counts for the right answer: |gradient x input| of its
     log probability, channels summed, (L, B, T)."""
-    from data import collate
-    from fs import answer_logits
     layer_inputs = []
 
     def keep(block, inputs):
@@ -292,10 +293,6 @@ def where(folder: Path, count: int = 128) -> None:
     """A round in HotpotQA's form. Its first seed and question: how much each token counts in each layer. All
     its seeds: what share of the context's counts falls on the fact that is asked for, over more questions."""
     from matplotlib.figure import Figure
-    from fs import FutureSeed
-    from model import RWKV7, read_tensors
-    from rounds import Round
-    from standin import small_tokenizer, validation_examples
     seeds = [folder / f"seed{seed}" for seed in seeds_on_disk(folder)]
     recipe = Round(folder.name, "", **read_run(seeds[0] / "prompt_fs")["settings"])
     examples = validation_examples(recipe)[:count]
