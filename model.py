@@ -221,19 +221,6 @@ class Block(nn.Module):
         return x + mixed, v_first, LayerState(time_shift, wkv_state, channel_shift)
 
 
-def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator | None) -> Tensor:
-    """Each row's next token, (B, V) -> (B,): the likeliest at temperature 0, else drawn from the nucleus."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # in fp64, where the least temperature and top_p are not yet 0
-    logits = logits.double() - logits.amax(dim=-1, keepdim=True)
-    probabilities, tokens = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # the nucleus: the likeliest tokens up to and including the one at which their sum reaches top_p
-    outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
-    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=rng)    # (B, 1)
-    return tokens.gather(1, drawn).squeeze(1)
-
-
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """A file's state dict of dense float tensors, on the CPU, and the sha256 of the bytes it was made from.
 
@@ -329,12 +316,11 @@ class RWKV7(nn.Module):
             new_state.append(after)
         return self.ln_out(x), new_state
 
-    def generate(self, logits, state, max_new, *, temperature=0.0, top_p=1.0, stop=(), rng=None) -> Tensor:
-        """Continue every row of a batch from the state in which its prompt ended.
+    def generate(self, logits, state, max_new, stop=()) -> Tensor:
+        """Continue every row, greedily, from the state in which its prompt ended.
 
-        Args: logits (B, V) of the first new token; state, of `forward` or fs.prefill; temperature, 0 for
-            greedy; top_p, in (0, 1], the share of the probability to draw from; stop, token ids: decoding
-            ends once every row has written one. Returns: (B, at most max_new) int64."""
+        Args: logits (B, V) of the first new token; state, of `forward` or fs.prefill; stop, token ids:
+            decoding ends once every row has written one. Returns: (B, at most max_new) int64."""
         own = {linear: linear.weight.data for linear in self.modules() if isinstance(linear, nn.Linear)}
         if max_new >= 64 and len(logits) == 1 and logits.device.type == "cpu":
             # a CPU multiplies one row by a matrix that is not wide 1.2 to 1.6 times as fast where it lies
@@ -344,15 +330,12 @@ class RWKV7(nn.Module):
                     linear.weight.data = weight.t().contiguous().t()
         try:
             with torch.inference_mode():
-                new = [pick(logits, temperature, top_p, rng)]
-                stopped = torch.zeros_like(new[0], dtype=torch.bool)
-                while len(new) < max_new:
-                    for token in stop:
-                        stopped |= new[-1] == token
-                    if stop and stopped.all():
-                        break
+                new, ends = [logits.argmax(dim=-1)], torch.tensor(stop, dtype=torch.long, device=logits.device)
+                stopped = torch.isin(new[0], ends)
+                while len(new) < max_new and not (stop and stopped.all()):
                     hidden, state = self(new[-1].unsqueeze(1), state)
-                    new.append(pick(self.head(hidden[:, -1]), temperature, top_p, rng))
+                    new.append(self.head(hidden[:, -1]).argmax(dim=-1))
+                    stopped |= torch.isin(new[-1], ends)
                 return torch.stack(new, dim=1)
         finally:
             for linear, weight in own.items():

@@ -430,30 +430,6 @@ def test_greedy_decoding_reads_on_token_by_token(rows, max_new):
         assert (parameter.data_ptr(), parameter.stride()) == (place, stride) and torch.equal(parameter, value)
 
 
-@pytest.mark.parametrize("options", [
-    {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 1e-4},
-    {"temperature": 1e-40}, {"temperature": 1e-320}, {"temperature": 1e-300, "top_p": 1e-300},
-], ids=str)
-def test_greedy_is_the_limit_of_sampling(options):
-    """Catches a nucleus that loses its likeliest token, and 0 / 0 at temperatures that fp32 rounds to 0."""
-    model = random_model(21).float()
-    logits, state = prompt_end(model)
-    assert (model.generate(logits, state, 6, **options) == model.generate(logits, state, 6)).all()
-
-
-def test_samples_have_the_models_probabilities():
-    """Catches sampling from sorted places instead of tokens, or a top_p that keeps too much or little."""
-    model = random_model(22, vocab_size=4).float()
-    logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35]])).expand(4000, 4)
-    rng = torch.Generator().manual_seed(0)
-    for top_p, expected in ((1.0, [0.1, 0.5, 0.05, 0.35]), (0.6, [0, 0.5 / 0.85, 0, 0.35 / 0.85])):
-        tokens = model.generate(logits, None, 1, temperature=1.0, top_p=top_p, rng=rng)
-        shares = torch.bincount(tokens[:, 0], minlength=4) / 4000
-        assert (shares - torch.tensor(expected)).abs().max() < 0.03
-    hot = model.generate(logits, None, 1, temperature=1e300, rng=rng)
-    assert (torch.bincount(hot[:, 0], minlength=4) / 4000 - 0.25).abs().max() < 0.03
-
-
 def test_decoding_stops_when_every_row_has():
     """Catches rows that end the others' text, and a stop that is never seen."""
     model = random_model(20).float()
