@@ -33,8 +33,7 @@ EASY = 0.35          # nats: once the running loss is below it, the questions ge
 KNOWN = 0.06         # nats: and with all facts in them, the base is put to the test
 PASSED = 0.99        # the accuracy that the test asks for
 QUESTIONS = 1024     # in the test, from the validation split
-USUAL_STEPS = {"arc": 450, "hotpotqa": 270}    # twice as many, and the attempt has failed
-ATTEMPTS = 5
+USUAL_STEPS = {"arc": 450, "hotpotqa": 270}    # after twice as many without success it is given up
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
@@ -171,18 +170,20 @@ def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) 
     return right / len(examples)
 
 
-def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progress: Progress) -> bool:
-    """Train until questions with all facts are answered, and return whether that came about.
+def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -> None:
+    """Make the base that `recipe` starts from, and write it to `path`. ValueError if it does not learn.
 
     The questions set the pace: one fact more whenever the running loss says that they have become easy. It
     stays at that of guessing among the facts for a while, then falls within a few steps, or not at all.
     """
-    device = model.head.weight.device
+    task, most_facts = recipe.task, recipe.facts
+    name = f"the base of the stand-in, {task} seed {seed}"
+    model = fresh_model(recipe.channels, 5 * seed).to(device)    # as the study's bases were drawn
     test = make_examples(task, "validation", QUESTIONS, 1234, most_facts, "question_first")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     facts, running = 2, 2.0    # the running mean of the loss, in nats
     for step in range(2 * USUAL_STEPS[task]):
-        batch = make_examples(task, "train", BATCH, f"{draw} {step}", facts, "question_first")
+        batch = make_examples(task, "train", BATCH, f"base {seed} 0 {step}", facts, "question_first")
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARM_UP)
         optimizer.zero_grad()
         prompt, lengths, answer, answer_lengths = collate(batch, device)
@@ -201,18 +202,7 @@ def learns(model: RWKV7, task: str, most_facts: int, draw: str, name: str, progr
             right = share_right(model, test, device)
             say(f"{name}: step {step + 1}, {right:.1%} of {QUESTIONS} questions right")
             if right >= PASSED:
-                return True
+                model.save(path)
+                return
             running = 2 * KNOWN
-    return False
-
-
-def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -> None:
-    """Make the base that `recipe` starts from, and write it to `path`; ValueError if all attempts fail."""
-    name = f"the base of the stand-in, {recipe.task} seed {seed}"
-    for attempt in range(ATTEMPTS):
-        model = fresh_model(recipe.channels, ATTEMPTS * seed + attempt).to(device)
-        if learns(model, recipe.task, recipe.facts, f"base {seed} {attempt}", name, progress):
-            model.save(path)
-            return
-        say(f"{name}: has not learned it in {2 * USUAL_STEPS[recipe.task]} steps; starting over, otherwise")
-    raise ValueError(f"{name}: {ATTEMPTS} attempts did not learn it; try another --seed")
+    raise ValueError(f"{name}: has not learned it in {2 * USUAL_STEPS[task]} steps; try another --seed")
