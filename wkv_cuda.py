@@ -116,10 +116,7 @@ def _load(device: torch.device, N: int, bf16: bool) -> Kernels:
     driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)  # the context that torch works in
     with torch.cuda.device(device):
         driver("cuCtxSetCurrent", context)
-        try:
-            driver("cuModuleLoadData", ctypes.byref(module), cubin(architecture, N, bf16))
-        except OSError:  # the file may be damaged
-            driver("cuModuleLoadData", ctypes.byref(module), cubin(architecture, N, bf16, again=True))
+        driver("cuModuleLoadData", ctypes.byref(module), cubin(architecture, N, bf16))
         driver("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), module, b"wkv_shared_bytes")
         driver("cuMemcpyDtoH_v2", shared, address, size)
         shared = dict(zip(ENTRY_POINTS, (shared[0], shared[0], shared[1], 0)))
@@ -137,8 +134,8 @@ def _load(device: torch.device, N: int, bf16: bool) -> Kernels:
 
 # ---- compiling ---------------------------------------------------------------------------------------------
 
-def cubin(architecture: str, N: int, bf16: bool, again: bool = False) -> bytes:
-    """The kernels for, say, "sm_90": from the disk if the same were compiled before, unless `again`."""
+def cubin(architecture: str, N: int, bf16: bool) -> bytes:
+    """The kernels for, say, "sm_90": from the disk if the same were compiled before."""
     try:
         version = nvrtc.nvrtcVersion()[1:]
     except (AttributeError, RuntimeError):  # no bindings, or bindings without the library
@@ -148,7 +145,7 @@ def cubin(architecture: str, N: int, bf16: bool, again: bool = False) -> bytes:
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wkv7")
     path = Path(os.environ.get("WKV_CACHE") or user_cache, f"{key}.cubin").expanduser()
-    if path.is_file() and not again:
+    if path.is_file():
         return path.read_bytes()
     image = compile_source(source, options)
     with contextlib.suppress(OSError), atomic_write(path) as file:  # if not kept, the next start compiles
@@ -253,6 +250,4 @@ def driver(name: str, *arguments) -> None:
         raise OSError(f"the CUDA driver's {name} failed with error {status}")
 
 
-@functools.cache
-def _libcuda() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+_libcuda = functools.cache(lambda: ctypes.CDLL("libcuda.so.1"))  # at first use: there may be none

@@ -242,9 +242,6 @@ def test_wkv_cuda_refuses_what_it_cannot_do():
 # arguments. N = 32, so that rows split; 16 processors, so that both problems of the check stay small.
 
 
-CUBIN = loader.cubin
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU as torch and the driver describe it; its kernels run on the CPU. Nothing is loaded yet."""
@@ -261,7 +258,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(loader, "_libcuda", lambda: driver)
-    monkeypatch.setattr(loader, "cubin", lambda architecture, N, bf16, again=False: b"%d %d" % (N, bf16))
+    monkeypatch.setattr(loader, "cubin", lambda architecture, N, bf16: b"%d %d" % (N, bf16))
     monkeypatch.setattr(loader, "loaded", {})
     return types.SimpleNamespace(properties=properties, driver=driver, kernel=kernel)
 
@@ -430,22 +427,6 @@ def test_a_first_use_while_a_graph_is_captured(gpu, monkeypatch, capsys):
     kernels = load()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert kernels and load() is kernels
-
-
-def test_a_damaged_file_is_compiled_again(gpu, monkeypatch, tmp_path):
-    """Catches a kernel lost at every start to a file that a disk has damaged."""
-    monkeypatch.setenv("WKV_CACHE", str(tmp_path))
-    monkeypatch.setattr(loader, "cubin", CUBIN)
-    monkeypatch.setattr(loader, "nvrtc", types.SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0)))
-    monkeypatch.setattr(loader, "compile_source", lambda *_: b"32 1")
-    CUBIN("sm_90", 32, True)
-    (kept,) = tmp_path.iterdir()
-    kept.write_bytes(b"damaged")
-    assert load() and kept.read_bytes() == b"32 1"
-    loader.loaded.clear()
-    monkeypatch.setattr(loader, "compile_source", lambda *_: b"of no use")
-    kept.write_bytes(b"damaged")
-    assert load() is None
 
 
 def test_without_a_compiler_wkv_says_so_once_and_goes_on(monkeypatch, capsys):
