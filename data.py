@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import BinaryIO, Callable, Iterator, Sequence
 
 import torch
-import torch.hub
 from torch.nn.utils.rnn import pad_sequence
 
 from files import say
@@ -203,20 +202,16 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
                                 f"{member or 'it'} there") from None
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
 
     def check(file: Path) -> None:
-        if task == "arc" and len(file.read_bytes().splitlines()) != published:
+        content = file.read_bytes()
+        if task == "arc" and len(content.splitlines()) != published:
             raise ValueError(f"not the published file: it should hold {published:,} records")
-        if task == "hotpotqa" and sha256_of(file) != HOTPOTQA_SHA256[path.name]:
+        if task == "hotpotqa" and hashlib.sha256(content).hexdigest() != HOTPOTQA_SHA256[path.name]:
             raise ValueError("not the published file: its sha256 differs")
 
     if not path.exists() and task == "arc":

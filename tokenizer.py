@@ -23,13 +23,10 @@ MATCH = -1       # the key of a trie node's longest match; its other keys are by
 
 def read_vocabulary(path):
     """The published file as {id: bytes}, ids 1 .. 65529. FileNotFoundError; ValueError for another file."""
-    restore = f"restore it with: git checkout -- {path.name}"
-    try:
-        raw = path.read_bytes().replace(b"\r\n", b"\n")    # git on Windows may have changed the line ends
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: the tokenizer's vocabulary is missing; {restore}") from None
+    raw = path.read_bytes().replace(b"\r\n", b"\n")    # git on Windows may have changed the line ends
     if hashlib.sha256(raw).hexdigest() != VOCABULARY_SHA256:
-        raise ValueError(f"{path}: not the published RWKV World vocabulary (sha256 differs); {restore}")
+        raise ValueError(f"{path}: not the published RWKV World vocabulary (sha256 differs); restore it "
+                         f"with: git checkout -- {path.name}")
     tokens = {}
     for line in raw.decode().removesuffix("\n").split("\n"):
         number, literal = line.rpartition(" ")[0].split(" ", 1)
@@ -54,22 +51,6 @@ def build_trie(tokens):
     return root
 
 
-def longest_matches(trie, data):
-    """The ids of the longest tokens that match, one after the other, from the first byte to the last."""
-    ids = []
-    start = 0
-    while start < len(data):
-        node = trie
-        for byte in data[start:start + LONGEST]:
-            if byte not in node:
-                break
-            node = node[byte]
-        number, length = node[MATCH]
-        ids.append(number)
-        start += length
-    return ids
-
-
 class Tokenizer:
     """Tokenizer(): read-only once built, so threads may share it. `tokens`: {id: bytes}, 0 being no bytes."""
 
@@ -86,7 +67,17 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"character {error.start} of the text is a lone surrogate, which UTF-8 cannot "
                              "carry: replace it, or pass bytes") from None
-        return longest_matches(self.trie, data)
+        ids, start = [], 0
+        while start < len(data):
+            node = self.trie
+            for byte in data[start:start + LONGEST]:
+                if byte not in node:
+                    break
+                node = node[byte]
+            number, length = node[MATCH]
+            ids.append(number)
+            start += length
+        return ids
 
     def decode_bytes(self, ids):
         """The bytes of an iterable of ids. ValueError for an id without a token: not an int in 0 .. 65529."""

@@ -171,9 +171,6 @@ def test_only_str_and_bytes():
 # catches: a vocabulary that lost its end, or a pointer file in its place, giving other ids in silence
 def test_damaged_vocabulary(tmp_path):
     path = tmp_path / tokenizer.VOCABULARY.name
-    with pytest.raises(FileNotFoundError, match="git checkout -- rwkv_vocab") as caught:
-        tokenizer.read_vocabulary(path)
-    assert "\n" not in str(caught.value)
     for damaged in (tokenizer.VOCABULARY.read_bytes()[:-20], b"", b"version https://git-lfs"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="not the published RWKV World vocabulary") as caught:
