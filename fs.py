@@ -40,10 +40,10 @@ class FutureSeed(nn.Module):
     Args:
         config: sizes of the model that it seeds.
         alpha: initial value of every alpha; 0 opens the gate to 0.5, -2 to 0.119, -4 to 0.018.
-        layer_start: the first seeded layer, 0-based; layer 0 has none below it and is never seeded.
+        layer_start: the first seeded layer, 0-based; layer 0 has none below it, so 0 means 1.
         norm: scale each head's state to root mean square 1.
         detach: keep the gradient from flowing through the seed state into the layer below.
-        clip: bound on the seed state's entries; 0 for none.
+        clip: bound on the seed state's entries; 0 or less for none.
         scale: constant factor on every gate.
         schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at
             the last: "none" (1 everywhere), "linear" or "cosine".
@@ -60,9 +60,6 @@ class FutureSeed(nn.Module):
         for name, value, choices in (("schedule", schedule, SCHEDULES), ("gate", gate, GATES)):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
-        for name, value in (("layer_start", layer_start), ("clip", clip)):
-            if value < 0:
-                raise ValueError(f"{name} = {value}: must be 0 or more")
         self.layer_start = max(1, layer_start)
         self.norm = norm
         self.detach = detach

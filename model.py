@@ -230,12 +230,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
     content = path.read_bytes()
-    if not content.startswith((b"PK", b"\x80")):    # a zip archive, or a pickle as before torch 1.6
-        raise ValueError(f"{path}: not a PyTorch file")
     try:
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:    # torch raises half a dozen types here
-        raise ValueError(f"{path}: damaged, or more than tensors ({type(error).__name__})") from error
+        raise ValueError(f"{path}: not a PyTorch file of tensors alone, or damaged "
+                         f"({type(error).__name__})") from error
 
     def is_plain(name, value) -> bool:
         return (isinstance(name, str) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
@@ -330,7 +329,8 @@ class RWKV7(nn.Module):
                     linear.weight.data = weight.t().contiguous().t()
         try:
             with torch.inference_mode():
-                new, ends = [logits.argmax(dim=-1)], torch.tensor(stop, dtype=torch.long, device=logits.device)
+                new = [logits.argmax(dim=-1)]
+                ends = torch.tensor(stop, dtype=torch.long, device=logits.device)
                 stopped = torch.isin(new[0], ends)
                 while len(new) < max_new and not (stop and stopped.all()):
                     hidden, state = self(new[-1].unsqueeze(1), state)

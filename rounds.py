@@ -146,11 +146,10 @@ def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
     """Names as they are in rounds.toml, from names as people write them: r8 is R8, and R9 is R9a and R9b."""
     expanded = []
     for wanted in names:
-        whole = [name for name in rounds if name.lower() == wanted.lower()]
-        parts = [name for name in rounds if name[-1].islower() and name[:-1].lower() == wanted.lower()]
-        if not whole + parts:
+        found = [name for name in rounds if re.fullmatch(re.escape(wanted) + "[a-z]?", name, re.IGNORECASE)]
+        if not found:
             raise ValueError(f"no round is called {wanted!r}; the rounds are {', '.join(rounds)}")
-        expanded += whole or parts
+        expanded += found
     return list(dict.fromkeys(expanded))
 
 
@@ -170,9 +169,7 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
     """The round with `key=value` pairs of the command line. Values are TOML, or plain words for strings."""
     changes = {}
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair}: write key=value")
+        key, _, text = pair.partition("=")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):

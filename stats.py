@@ -18,10 +18,8 @@ The mean of question[i] moves all seeds alike, and seeds alone would take that s
 variance is var(question) / n, with var(question) = (MS_question - MS_rest) / S from the analysis of variance,
 and both ends move outwards by 1.96 of its deviations. In quadrature that fails where half of the seeds jump.
 
-Simulated by tests/simulate_ruler.py, whose docstring has the table. Where the seeds' median is 0, at most
-2.3% of experiments come out positive, and as few negative: for seeds without an effect, Gaussian,
-heavy-tailed, tossed like a coin, or drawn from the study's own. With ten seeds and 512 questions, +0.3 in
-every seed is seen in 92 to 100% of them, +0.05 in 14 to 92%, but for 1% beside a coin.
+Simulated by tests/simulate_ruler.py, whose docstring has the table: where the seeds' median is 0, at most
+2.3% of experiments come out positive, and as few negative, for nine kinds of seeds.
 
 What it cannot say: where four seeds in ten jump and six do not move, the noise of the six lifts the measured
 median above 0, and "positive" comes out in 6 to 17%. It then says that more seeds gain than lose, no more:
