@@ -2,7 +2,6 @@
 
     python eval.py R8        both arms of every finished seed in runs/ and runs/standin/, the verdict, the log
     python eval.py --json    every round found, for programs
-    python eval.py --log     the log's own numbers, recomputed
     python eval.py --ask "Who wrote Faust?" --checkpoint runs/R8/seed1/prompt_fs/model.pth
 
 Every evaluation leaves a record an example (records.jsonl), and every report is computed from these. A
@@ -351,7 +350,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("rounds", nargs="*", metavar="R", help="rounds (default: all that have runs)")
     option("--runs", type=Path, metavar="DIR", help="where they are (default: runs and runs/standin)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
-    option("--log", action="store_true", help="the log's own numbers, recomputed from those by seed")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
     option("--checkpoint", type=Path, metavar="PATH", help="of the model to ask, as a run's model.pth")
@@ -386,15 +384,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for an error told in one line."""
     args = parse_arguments(argv)
     try:
-        if args.ask is not None:
-            print(ask(args.checkpoint, args.ask))
-        elif args.log:
-            rounds = load_rounds()[0]
-            for name in expand(args.rounds, rounds) if args.rounds else rounds:
-                if rounds[name].log:
-                    print(f"{name}: {text_of_log(log_numbers(rounds[name]))}")
-        else:
+        if args.ask is None:
             return print_reports(args)
+        print(ask(args.checkpoint, args.ask))
         return 0
     except (ValueError, OSError) as error:
         complain(error)

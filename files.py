@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import IO, Iterator
 
 import torch
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None    # Windows: no locks
+from filelock import FileLock, Timeout
 
 SECONDS_BETWEEN_LINES = 2
 ARMS = ("no_fs", "prompt_fs")
@@ -49,21 +45,18 @@ def duration(seconds: float) -> str:
 class Progress:
     """How far a long piece of work is. What the work is counted in is the caller's to choose."""
 
-    def __init__(self, total: float = 0.0):
-        self.total = total
-        self.done = self.first = 0.0
+    def __init__(self, total: float):
+        self.total, self.done = total, 0.0
         self.started = self.shown = time.monotonic()
 
     def tick(self, work: float, text: str) -> None:
         """Count some more work as done and, every few seconds, say where that is and what time is left."""
-        now = time.monotonic()
-        if self.done == 0:    # what came before, and the first piece, are no measure of the pace
-            self.started, self.first = now, work
         self.done += work
-        if self.done > self.first and now - self.shown > SECONDS_BETWEEN_LINES:
+        now = time.monotonic()
+        if now - self.shown > SECONDS_BETWEEN_LINES:
             self.shown = now
-            pace = (now - self.started) / (self.done - self.first)
-            say(f"{text}; about {duration(pace * max(0.0, self.total - self.done))} left in all")
+            left = (now - self.started) / self.done * max(0.0, self.total - self.done)
+            say(f"{text}; about {duration(left)} left in all")
 
 
 # ---- files and folders -------------------------------------------------------------------------------------
@@ -99,14 +92,9 @@ def save_tensors(value, path: str | Path) -> None:
         torch.save(value, file)
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
+def write_json(path: Path, values: list[dict], indent: int | None = None) -> None:
     with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def write_run(folder: Path, run: dict) -> None:
-    with atomic_write(folder / "run.json", "w") as file:
-        json.dump(run, file, indent=1)
+        file.writelines(json.dumps(value, indent=indent) + "\n" for value in values)
 
 
 @contextlib.contextmanager
@@ -114,17 +102,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Own a folder, made if need be, or raise ValueError; delete what a killed owner left half written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process is at work; wait for it, or use --runs DIR") from None
     except OSError as error:
-        raise OSError(f"{folder}: cannot be made ({error.strerror}); use --runs DIR") from None
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another process is at work here; let it finish, or use "
-                                 "--runs DIR") from None
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); use --runs DIR") from None
+    with lock:
         for leftover in folder.glob("*/.*.????????"):
             leftover.unlink()
         yield
@@ -141,19 +124,17 @@ def clear(folder: Path, arms: list[str]) -> None:
 
 # ---- what a run is -----------------------------------------------------------------------------------------
 
-def leaves(value, name: str = "") -> dict[str, object]:
-    """A nested dict's values by their names, as in {"settings.lr": 1e-5}."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {leaf: found for key, inner in value.items()
-            for leaf, found in leaves(inner, f"{name}.{key}" if name else key).items()}
+def differences(there, here, name: str) -> list[str]:
+    """Where two nested dicts differ, as ["settings.lr: 1e-05 there, 3e-05 here"]."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [line for key in {**there, **here}
+                for line in differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if there == here else [f"{name}: {str(there)[:16]} there, {str(here)[:16]} here"]
 
 
 def in_words(there: dict, here: dict) -> str:
-    """Where two nested dicts differ, as `settings.lr: 1e-05 there, 3e-05 here`; "" where they do not."""
-    old, new = leaves(there), leaves(here)
-    found = [f"{name}: {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
-             for name in {**old, **new} if old.get(name) != new.get(name)]
+    """The first few of their differences; "" where there are none."""
+    found = differences(there, here, "")
     return "; ".join(found[:3] + [f"and {len(found) - 3} more"] * (len(found) > 3))
 
 
@@ -224,7 +205,8 @@ def copy_twin(folder: Path, identity: dict, twin: str) -> bool:
             if run["status"] == "done" and run.get("twin") == twin and len(run["history"]) == 1:
                 copy = Path(shutil.copytree(path, Path(temporary, folder.name)))
                 if run["steps"] in read_records(copy / "records.jsonl") and (copy / "model.pth").exists():
-                    write_run(copy, {**run, **identity, "copied_from": run["round"]})
+                    run = {**run, **identity, "copied_from": run["round"]}
+                    write_json(copy / "run.json", [run], indent=1)
                     copy.rename(folder)
                     say(f"{folder}: the same run as {path}, copied from there")
                     return True

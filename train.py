@@ -1,6 +1,6 @@
 """Run a round: post-train one base twice, without and with Future-Seed, and say what that changed.
 
-    python train.py --list                            the rounds, their recipes, what is on disk
+    python train.py --list                            the rounds, the log's numbers, what is on disk
     python train.py --round R8 --seed 1               both arms; without a GPU in miniature, in minutes
     python train.py --round R8 --seed 1 --real        the real thing, whatever it takes
     python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
@@ -25,6 +25,7 @@ Reference: the Future-Seed post-training experiment log; rounds.toml holds its r
 import argparse
 import copy
 import hashlib
+import math
 import os
 import platform
 import re
@@ -39,10 +40,9 @@ import torch
 
 import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
-from eval import CONTROLS, explain, means_of, report, score
+from eval import CONTROLS, explain, log_numbers, means_of, report, score, text_of_log
 from files import (ARMS, Progress, clear, complain, copy_twin, damage_told, duration, in_words, locked,
-                   read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_lines,
-                   write_run)
+                   read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_json)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -90,13 +90,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def list_rounds(runs_dir: Path) -> None:
-    """Every round's recipe, the log's numbers, and the runs that are on the disk."""
+    """Every round's recipe, the log's numbers, recomputed, and the runs that are on the disk."""
     for name, recipe in load_rounds()[0].items():
         print(f"{name}: {recipe.title}")
         own = {key: value for key, value in recipe.settings().items() if value != getattr(Round, key, "")}
         print("   ", *(f"{key}={value}".lower() for key, value in own.items()))
         if recipe.log:
-            print("    the log: d_acc", *(f"{d:+.4f}" for d in recipe.log["d_acc"]), recipe.log["status"])
+            print(f"    the log: {text_of_log(log_numbers(recipe))}")
         for path in sorted(runs_dir.glob(f"**/{name}/seed*/*/run.json")):
             try:
                 run = read_run(path.parent)
@@ -153,10 +153,8 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
     fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice or "")
     if fresh:
         layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
-        head_size = next((size for size in (64, 32, 16) if width % size == 0), None)
-        if head_size is None:
-            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
-        return RWKV7.init(Config.published(layers, width, head_size), seed=0), f"init:L{layers}-D{width}"
+        config = Config.published(layers, width, head_size=math.gcd(width, 64))
+        return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
     path = Path(choice) if choice else assets / "weights" / recipe.base
     if choice is None and not path.exists():
         download(BASE_URL + recipe.base, path, RWKV7.load, offline)
@@ -336,11 +334,9 @@ class Arm:
         self.finite(means["loss"], f"the validation loss after step {self.ledger.step}")
         self.ledger.records += records
         self.ledger.metrics.append({"step": self.ledger.step, **means})
-        choice = f"option accuracy {means['EM']:.4f}"
-        if self.job.recipe.task == "hotpotqa":
-            choice = f"exact match {means['EM']:.4f}, F1 {means['F1']:.4f}"
+        exact = "option accuracy" if self.job.recipe.task == "arc" else "exact match"
         say(f"{self.name}: step {self.ledger.step}, validation loss {means['loss']:.4f}, token accuracy "
-            f"{means['acc']:.4f}, {choice}")
+            f"{means['acc']:.4f}, {exact} {means['EM']:.4f}")
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if any. ValueError if it is damaged or another run's."""
@@ -369,17 +365,17 @@ class Arm:
             save_tensors({"identity": self.identity, "ledger": vars(ledger), "model": self.model.state_dict(),
                           "fs": self.fs and self.fs.state_dict(), "optimizer": self.optimizer.state_dict()},
                          self.folder / "checkpoint.pt")
-        write_lines(self.folder / "metrics.jsonl", ledger.metrics)
-        write_lines(self.folder / "records.jsonl", ledger.records)
-        write_run(self.folder, {
-            **self.identity, "twin": twin_key(self.identity, ledger.history[0]), "status": status,
-            "steps": ledger.step, "seconds": int(ledger.seconds), "history": ledger.history})
+        write_json(self.folder / "metrics.jsonl", ledger.metrics)
+        write_json(self.folder / "records.jsonl", ledger.records)
+        run = {**self.identity, "twin": twin_key(self.identity, ledger.history[0]), "status": status,
+               "steps": ledger.step, "seconds": int(ledger.seconds), "history": ledger.history}
+        write_json(self.folder / "run.json", [run], indent=1)
 
     def finish(self, controls: list[dict]) -> None:
         """Leave the folder complete."""
         self.model.save(self.folder / "model.pth")
         if self.fs is not None:
-            write_lines(self.folder / "controls.jsonl", controls)
+            write_json(self.folder / "controls.jsonl", controls)
             own = {key: value.cpu() for key, value in self.fs.state_dict().items()}
             save_tensors(own, self.folder / "fs.pth")
         self.save("done")
@@ -419,9 +415,7 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     controls = []
     for control in CONTROLS if arm.fs is not None else ():
         controls += arm.scored(progress, control)
-    interrupt.patient = True
     arm.finish(controls)
-    interrupt.patient = False
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------
@@ -495,13 +489,12 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     small = {name: with_settings(miniatures[name], args.settings) for name in names}
     threads = torch.get_num_threads()
     materials, failed = {}, False
-    progress = Progress()
     for number, (name, seed) in enumerate(jobs):
         if name not in materials:    # once a round: no seed of it may get another answer than its others
             materials[name] = choose_material(real[name], small[name], args)
         made_up = materials[name] is None
         recipes = small if made_up else real
-        progress.total = progress.done
+        progress = Progress(0.0)    # of all that is left, at this seed's own pace
         for later, its_seed in jobs[number:]:
             progress.total += work_of(recipes[later], args.arms)
             if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
