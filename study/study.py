@@ -135,8 +135,8 @@ def verdicts(arms: list[dict]) -> str:
     corrected = iter(holm([p for primary, p in tests if not primary]))
     for row, (primary, p) in zip(rows, tests):
         row.append(f"{p:.2g} (registered)" if primary else f"{next(corrected):.2g}")
-    head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "its seed off, other, shuffled",
-            "d_acc of the typical seed", "a seed gains", "jumps", "sign test, p (Holm)"]
+    head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "states off, other, shuffled",
+            "d_acc of the typical seed", "a seed gains", "above 0.5 at the end", "sign test, p (Holm)"]
     return markdown([head, *rows])
 
 
@@ -163,7 +163,7 @@ def axes(arms: list[dict]) -> str:
         rows.append([f"{step} steps", *(in_short(end_values(arms, step, round=name, arm=arm, steps=1000))
                                         for _, arm, name in runs)])
     first_ten = [arm for arm in arms if arm["seed"] < 30]
-    for facts, channels in ((10, 48), (16, 48), (24, 48), (10, 96)):
+    for facts, channels in ((10, 48), (16, 48), (24, 48), (32, 48), (10, 96)):
         size = dict(steps=250, facts=facts, channels=channels)
         rows.append([f"{facts} facts, {channels} wide", *(
             in_short(end_values(first_ten, round=name, arm=arm, **size)) for _, arm, name in runs)])
