@@ -214,10 +214,9 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
         if task == "hotpotqa" and hashlib.sha256(content).hexdigest() != HOTPOTQA_SHA256[path.name]:
             raise ValueError("not the published file: its sha256 differs")
 
-    if not path.exists() and task == "arc":
-        download(ARC_ARCHIVE, path, check, offline, member=ARC_FOLDER + path.name)
-    elif not path.exists():
-        download(HOTPOTQA_FOLDER + path.name, path, check, offline)
+    url, member = (ARC_ARCHIVE, ARC_FOLDER) if task == "arc" else (HOTPOTQA_FOLDER + path.name, "")
+    if not path.exists():
+        download(url, path, check, offline, member and member + path.name)
     return path
 
 

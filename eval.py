@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data import Example, collate, pad
-from files import ARMS, METRICS, atomic_write, complain, damage_told, read_round, read_run, seeds_on_disk
+from files import ARMS, METRICS, atomic_write, complain, damage_told, read_round, seeds_on_disk
 from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
 from model import RWKV7, read_tensors
 from rounds import Round, expand, load_rounds, seeds_of
@@ -77,8 +77,7 @@ def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[li
     if control == "other":
         return prompts[1:] + prompts[:1]
     for prompt, example in zip(prompts, examples):
-        tail = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
-        prompt[-example.tail:] = tail
+        prompt[-example.tail:] = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
     return prompts
 
 
@@ -103,10 +102,10 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
         places = order[done:done + batch_size]
         batch = [examples[place] for place in places]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            seed = None if control == "off" else fs
+            hook = None if control == "off" else fs
             if seed_prompts:
-                seed = borrowed(model, fs, *pad([seed_prompts[place] for place in places], device))
-            scored = score_batch(model, batch, seed, device, tokenizer)
+                hook = borrowed(model, fs, *pad([seed_prompts[place] for place in places], device))
+            scored = score_batch(model, batch, hook, device, tokenizer)
         for place, record in zip(places, scored):
             records[place] = {**kind, **record}
         tick(done + len(batch), len(batch))
@@ -301,7 +300,7 @@ def explain(result: dict, seed: int, validation: list[Example], tokenizer, folde
         gate = 1 / (1 + math.exp(-settings["alpha_init"]))
         lines += [f"So it does not use them. Their gate began at {gate:.3f}, from layer "
                   f"{settings['fs_layer_start']} on.",
-                  f"Future-Seed at work, in the same time: python train.py --round {SHOWN} --seed {seed}"]
+                  f"Future-Seed at work: python train.py --round {SHOWN} --seed {seed} --standin"]
     else:
         lines.append("So it answers by way of them.")
     lines.append("One seed decides nothing, for another may learn what this one missed. A verdict needs "
@@ -327,7 +326,7 @@ def ask(checkpoint: Path, text: str) -> str:
     fs, own = None, checkpoint.with_name("fs.pth")
     if own.exists():
         with damage_told(own):
-            run = read_run(checkpoint.absolute().parent)
+            run = json.loads(checkpoint.with_name("run.json").read_text(encoding="utf-8"))
             settings = Round(run["round"], "", **run["settings"]).fs_settings()
             fs = FutureSeed(model.config, **settings).to(device)
             fs.load_state_dict(read_tensors(own)[0])
@@ -348,7 +347,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("rounds", nargs="*", metavar="R", help="rounds (default: all that have runs)")
-    option("--runs", type=Path, metavar="DIR", help="where they are (default: runs and runs/standin)")
+    option("--runs", type=Path, default="runs", metavar="DIR", help="train.py's --runs (default: runs)")
     option("--seeds", metavar="LIST", help="only these seeds, as 0-9 or 0,3,5 (default: all found)")
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
@@ -362,7 +361,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def print_reports(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
     real = load_rounds()[0]
-    folders = [args.runs] if args.runs else [Path("runs"), Path("runs/standin")]
+    folders = [args.runs, args.runs / "standin"]
     names = expand(args.rounds, real) if args.rounds else real
     found = [folder / name for name in names for folder in folders if seeds_on_disk(folder / name)]
     if not found:

@@ -1,8 +1,7 @@
 """The disk and the terminal: files whole or not at all, folders with one owner, runs read back, progress.
 
 A run may be killed, a disk may fill up, two processes may race. So every file is written under a temporary
-name beside its own, flushed to the disk, and only then renamed, which the file system does in one step. And a
-run may have been stopped, moved or edited: nothing damaged, unfinished or unlike is ever averaged.
+name, flushed to the disk, and only then renamed. And nothing damaged, unfinished or unlike is ever averaged.
 """
 
 import contextlib
@@ -80,6 +79,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):    # torch.save tells an error of its own
+            raise error.__context__
         if isinstance(error, (OSError, RuntimeError)):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
             raise OSError(f"{path}: cannot be written ({reason}); what was saved before is kept") from error
@@ -154,9 +155,9 @@ def damage_told(path: Path) -> Iterator[None]:
     """Whatever goes wrong while something is read and taken apart is one line that names it."""
     try:
         yield
-    except (OSError, Damaged):
-        raise
     except Exception as error:
+        if isinstance(error, (OSError, Damaged)) or "DefaultCPUAllocator" in str(error):
+            raise
         raise Damaged(f"{path}: damaged ({error!r:.100}); run this arm again with --fresh") from error
 
 

@@ -79,9 +79,7 @@ class FutureSeed(nn.Module):
 
     def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
-        gate = 1.0
-        if self.gate in ("scalar", "head"):
-            gate = torch.sigmoid(self.alpha[layer])
+        gate = 1.0 if self.gate == "heads" else torch.sigmoid(self.alpha[layer])
         if self.gate in ("head", "heads"):
             gate = gate * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
         if self.gate == "input":

@@ -10,11 +10,11 @@ reads left to right. Parameters carry the official names, so a state_dict is an 
 Of Future-Seed this file knows a hook, `seed`, which may choose where a layer's state starts.
 
 The paper's letters (section 4), where the code uses them:
-  r  receptance, with which a token reads the state    x_r ... x_g  how much of the last token each one sees
+  r  receptance, with which a token reads the state    x_r ... x_g  how much of the token before each sees
   w  decay of the state, channel by channel            w0, w1, w2   its low-rank adapter; a, v and g have one
   k  key and v value, which a token writes             k_k          makes the removal key (kappa) from the key
-  a  in-context learning rate; the operator's a and    k_a          how far the learning rate scales the key
-     b are minus the removal key, and it times this    r_k          weighs the bonus for the current token
+  a  in-context learning rate; the operator's a is     k_a          how far the learning rate scales the key
+     minus the removal key, its b that key times this  r_k          weighs the bonus for the current token
   g  gate on what was read                             ln_x         normalises what each head has read
 
 Shapes: B batch rows, T tokens (A more where answers follow), C channels (n_embd), H heads, N head size
@@ -142,7 +142,7 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)    # the official value at every head size
 
     def forward(self, x, v_first, before: LayerState, columns: Columns):
-        """x, v_first (B, T, C), with T for T + A
+        """x, v_first (B, T, C); T counts the answers too, columns.T does not
         -> output, v_first (B, T, C); last input (B, C) and wkv state (B, H, N, N) before any answer."""
         B, T, C = x.shape
         H, N = self.r_k.shape
@@ -235,12 +235,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
     except Exception as error:    # torch raises half a dozen types here
         raise ValueError(f"{path}: not a PyTorch file of tensors alone, or damaged "
                          f"({type(error).__name__})") from error
-
-    def is_plain(name, value) -> bool:
-        return (isinstance(name, str) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-                and value.layout == torch.strided and value.device.type == "cpu")
-
-    if not isinstance(tensors, dict) or not all(is_plain(*item) for item in tensors.items()):
+    if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
+            and x.layout == torch.strided and x.device.type == "cpu" for name, x in tensors.items()):
         raise ValueError(f"{path}: not a state dict of dense float tensors")
     # with a stride of 0, a few bytes are gigabytes; a head tied to the embedding is in the sum twice
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * len(content):

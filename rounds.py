@@ -1,7 +1,7 @@
 """What a round is: one recipe, run without and with Future-Seed, as written in rounds.toml.
 
 A round is a flat set of typed settings, and `--set key=value` changes any of them. Its Future-Seed settings
-have the names of the experiment log, whose rounds R2 to R14 these are: a line of the log can be pasted after
+have the names of the experiment log, whose rounds R2 to R10 these are: a line of the log can be pasted after
 `--set`. What the log measured for a round stands in `Round.log`.
 """
 
@@ -169,10 +169,10 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
     """The round with `key=value` pairs of the command line. Values are TOML, or plain words for strings."""
     changes = {}
     for pair in pairs:
-        key, _, text = pair.partition("=")
+        key, equals, text = pair.partition("=")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
-            value = text
+            value = text if equals else None
         changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)

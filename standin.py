@@ -152,6 +152,8 @@ def base_work(recipe: Round) -> float:
 
 
 def fresh_model(channels: int, seed: int) -> RWKV7:
+    if channels % HEAD_SIZE or channels == 0:
+        raise ValueError(f"channels = {channels}: must be a multiple of {HEAD_SIZE}")
     vocab_size = len(small_tokenizer().tokens)
     model = RWKV7.init(Config(LAYERS, channels, HEAD_SIZE, vocab_size, 2 * channels, *[RANK] * 4), seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding

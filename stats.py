@@ -7,7 +7,7 @@ smallest and the 2nd largest of ten seeds hold it between them in 97.9% of draws
 seeds. It is the sign test turned round: do more seeds gain than lose? Below six seeds nothing is claimed.
 
 Why not the mean. Ten seeds without a jump are no surprise (6%) even if one seed in four jumps, and at +0.45
-that is +0.12 in the mean. An interval that allows for it is too wide to use; one that does not, as Student's,
+that is +0.11 in the mean. An interval that allows for it is too wide to use; one that does not, as Student's,
 is wrong. The mean is a description, and jumps are counted and tested on their own.
 
 Why the questions matter. All seeds answer the same n questions, so two sources of chance are crossed:

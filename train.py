@@ -51,7 +51,7 @@ from tokenizer import Tokenizer
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-SOURCES = sorted(Path(__file__).resolve().parent.glob("*.[cp][uy]"))    # what decides a run's numbers
+SOURCES = sorted(Path(__file__).resolve().parent.glob("*.[cp][uy]"))    # .py and .cu decide a run's numbers
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
     option("--list", action="store_true", help="show the rounds and what is on disk, and stop")
-    option("--seed", "--seeds", dest="seeds", metavar="N", help="one, or 0-9 or 0,3,5; default: the log's")
+    option("--seed", "--seeds", dest="seeds", metavar="N", help="one, or 0-9 or 0,3,5; default: the round's")
     option("--arm", choices=(*ARMS, "both"), default="both")
     option("--base", metavar="PATH|init|init:L12-D64", help="a .pth, or fresh; default: the round's own")
     option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of data and bases (assets)")
@@ -152,9 +152,11 @@ def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) ->
     """The base that --base names, or the round's own, downloaded if need be; and its name."""
     fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice or "")
     if fresh:
-        layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
-        config = Config.published(layers, width, head_size=math.gcd(width, 64))
-        return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
+        width = int(fresh[2] or 768)
+        if width % 16:    # the width of a head, whose norm would drown what fewer channels hold
+            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
+        config = Config.published(int(fresh[1] or 12), width, head_size=math.gcd(width, 64))
+        return RWKV7.init(config, seed=0), f"init:L{config.n_layer}-D{width}"
     path = Path(choice) if choice else assets / "weights" / recipe.base
     if choice is None and not path.exists():
         download(BASE_URL + recipe.base, path, RWKV7.load, offline)
@@ -218,8 +220,8 @@ def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) 
         filled = max(1.25 * real.min_prompt / real.max_prompt, 1 / 7)
         taken = duration(work_of(real, args.arms) * filled * 2 * 91e6 / 55e9)
         lines.append(f"the real round takes about {taken} a seed on a CPU{'; --real runs it' * bool(reason)}")
-    budget = f"{args.minutes:g} minutes" if args.minutes else f"{recipe.steps} steps"
-    lines += [f"to do: {' and '.join(args.arms)}, {budget} of {recipe.batch_size} questions each, scored on "
+    budget = f"{args.minutes:g} minutes" if args.minutes and not reason else f"{recipe.steps} steps"
+    lines += [f"to do: {' and '.join(args.arms)}, {budget}, {recipe.batch_size} questions a step, scored on "
               f"{recipe.n_val} questions every {recipe.eval_every} steps",
               f"on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
     say("\n  ".join(lines))
@@ -387,6 +389,8 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     arm, recipe = Arm(job, name), job.recipe
     arm.resume()
     ledger = arm.ledger
+    each = (3 + recipe.checkpoint_activations) * recipe.max_prompt
+    progress.total -= each * ledger.step * recipe.batch_size    # an earlier process took these steps
     examples = job.material.train
     stream = batches(examples, recipe.batch_size, job.seed, start=ledger.step, shuffle=not job.standin)
     saved = time.monotonic()
@@ -397,7 +401,7 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
         evaluated = ledger.records and ledger.records[-1]["step"] == ledger.step
         due = (finished or ledger.step % recipe.eval_every == 0) and not evaluated
         if due or finished or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-            arm.save()
+            arm.save()    # before an evaluation too: it may be killed
             saved = time.monotonic()
         if interrupt.requested:
             raise KeyboardInterrupt(interrupt.requested)
@@ -409,8 +413,7 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
             break
         batch = next(stream)
         loss = arm.train_step(batch)
-        progress.tick((3 + recipe.checkpoint_activations) * len(batch) * recipe.max_prompt,
-                      f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
+        progress.tick(each * len(batch), f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
     interrupt.patient = False
     controls = []
     for control in CONTROLS if arm.fs is not None else ():
@@ -425,10 +428,11 @@ def run_seed(recipe: Round, seed: int, material: Material | None, args: argparse
     """One seed, from taking its folder to the report. Without material it runs on the stand-in."""
     folder = args.runs / ("standin" if material is None else "") / recipe.name / f"seed{seed}"
     with locked(folder):
+        here = material or standin_material(recipe, seed, args, progress)
+        minutes = args.minutes if material else None    # the stand-in's questions are made for its steps
+        job = Job(recipe, seed, material is None, minutes, torch.device(args.device), folder, here)
         if args.fresh:
             clear(folder, args.arms)
-        here = material or standin_material(recipe, seed, args, progress)
-        job = Job(recipe, seed, material is None, args.minutes, torch.device(args.device), folder, here)
         # of all arms before the first runs: a refusal comes at once
         states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]
         for arm, state in zip(args.arms, states):
@@ -479,29 +483,29 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     published, miniatures = load_rounds()
     names = expand(args.round, published)
     asked = seeds_of(args.seeds) if args.seeds else None
-    jobs = [(name, seed) for name in names for seed in asked or published[name].seeds]
+    # settings first: a wrong one is told before anything is loaded or made
+    real = {name: with_settings(published[name], args.settings) for name in names}
+    small = {name: with_settings(miniatures[name], args.settings) for name in names}
+    jobs = [(name, seed) for name in names for seed in asked or real[name].seeds]
     # torchrun's processes share them: rounds and seeds do not depend on each other
     jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
     if "LOCAL_RANK" in os.environ and args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # settings first: a wrong one is told before anything is loaded or made
-    real = {name: with_settings(published[name], args.settings) for name in names}
-    small = {name: with_settings(miniatures[name], args.settings) for name in names}
     threads = torch.get_num_threads()
     materials, failed = {}, False
     for number, (name, seed) in enumerate(jobs):
-        if name not in materials:    # once a round: no seed of it may get another answer than its others
-            materials[name] = choose_material(real[name], small[name], args)
-        made_up = materials[name] is None
-        recipes = small if made_up else real
-        progress = Progress(0.0)    # of all that is left, at this seed's own pace
-        for later, its_seed in jobs[number:]:
-            progress.total += work_of(recipes[later], args.arms)
-            if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
-                progress.total += standin.base_work(small[later])
-        # to small arrays a second thread is worth little, and on a busy machine it costs ten times as much
-        torch.set_num_threads(1 if made_up else threads)
         try:
+            if name not in materials:    # once a round: all its seeds get the same answer
+                materials[name] = choose_material(real[name], small[name], args)
+            made_up = materials[name] is None
+            recipes = small if made_up else real
+            progress = Progress(0.0)    # of all that is left, at this seed's own pace
+            for later, its_seed in jobs[number:]:
+                progress.total += work_of(recipes[later], args.arms)
+                if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
+                    progress.total += standin.base_work(small[later])
+            # to small arrays a second thread is worth little; on a busy machine it costs ten times as much
+            torch.set_num_threads(1 if made_up else threads)
             run_seed(recipes[name], seed, materials[name], args, progress, interrupt)
         except (ValueError, OSError) as error:
             complain(error)

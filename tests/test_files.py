@@ -63,6 +63,32 @@ def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, befor
     assert all((tmp_path / name).read_bytes() == b"old" for name in before)
 
 
+def test_a_stop_while_torch_saves_is_a_stop(tmp_path):
+    """Catches torch's own error, of an archive that was not finished, in the place of Ctrl-C."""
+    class Stopping(torch.Tensor):
+        def __reduce_ex__(self, protocol):
+            raise KeyboardInterrupt(2)
+
+    class Failing:
+        def __exit__(self, *_):
+            raise RuntimeError("unexpected pos 7552 vs 7446")
+
+        def __enter__(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "model.pth"), Failing():
+        raise KeyboardInterrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"x": Stopping()}, tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path):
+    """Catches the advice to start over, with --fresh, where a checkpoint is whole and only memory lacks."""
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), files.damage_told(tmp_path):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path):
     """Catches a short file renamed into place, and torch's RuntimeError, which nobody turns into one line."""
     path = tmp_path / "model.pth"

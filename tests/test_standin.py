@@ -221,8 +221,9 @@ def test_without_a_gpu_a_round_runs_in_miniature(name, instant, tmp_path, monkey
     for arm in train.ARMS:
         run = run_of(tmp_path, name, arm=arm)
         assert (run["standin"], run["status"], run["base"]["name"]) == (True, "done", "stand-in")
-    assert report_main([name, "--runs", str(tmp_path / "runs/standin")]) == 0
-    assert capsys.readouterr().out.strip() == summary.strip()
+    for folder in "runs", "runs/standin":    # as train.py's --runs, and the folder itself
+        assert report_main([name, "--runs", str(tmp_path / folder)]) == 0
+        assert capsys.readouterr().out.strip() == summary.strip()
     monkeypatch.setattr(standin, "pretrain", lambda *_: pytest.fail("made the base again"))
     assert train.main(arguments(tmp_path, "--standin", name=name)) == 0
     out, err = capsys.readouterr()
@@ -317,11 +318,18 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch
 
 def test_settings_of_the_stand_in(instant, tmp_path, monkeypatch, capsys):
     """Catches a budget in minutes, after which questions would come again, threads that wait for each other,
-    ten times slower on a busy machine, a real round that is left with one, and settings that are out of
-    range."""
+    ten times slower on a busy machine, a real round that is left with one, settings that are out of range,
+    and runs that are deleted before these are refused."""
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "--standin", "--minutes", "1"))
-    assert "facts" in refusal(capsys, train.main, arguments(tmp_path, "--standin", settings=["facts=40"]))
+    without_seeds = [*arguments(tmp_path, settings=["seeds=[3]"]), "--minutes", "1e-9"]
+    del without_seeds[2:4]
+    assert train.main(without_seeds) == 0
+    assert run_of(tmp_path, "S1")["steps"] == 4 and "minutes, " not in capsys.readouterr().err
+    for wrong in ("facts=40", "channels=40", "channels=0"):
+        words = arguments(tmp_path, "--standin", "--fresh", settings=[wrong])
+        assert wrong.split("=")[0] in refusal(capsys, train.main, words)
+    assert run_of(tmp_path, "S1")["status"] == "done"
     taken = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)

@@ -457,6 +457,8 @@ def test_an_arm_that_two_rounds_share_is_trained_once(copy, command):
     (["--round", "R99"], ["no round is called 'R99'", "R2, R3"]),
     (["--seeds", "-1"], ["--seeds -1"]),
     (["--base", "nowhere.pth"], ["nowhere.pth: no such checkpoint"]),
+    (["--base", "init:L2-D24"], ["init:L2-D24: the width must be a multiple of 16"]),
+    (["--set", "base"], ["base must be str, not None"]),
     (["--base", "smaller.pth"], ["smaller.pth has a vocabulary of 20 tokens"]),
     (["--assets", "twice", "--set", "n_val=8"], ["ARC-Challenge-Dev.jsonl", "same id"]),
     (["--runs", "file/runs"], ["file/runs", "--runs"]),
@@ -489,6 +491,13 @@ def test_a_damaged_seed_is_told_and_the_others_go_on(name, content, seeds, copy,
     assert f"seed5/no_fs/{name}: damaged" in error and "--fresh" in error
     assert (arm / name).read_bytes() == content
     assert (copy / "R2/seed6/prompt_fs/model.pth").exists()
+
+
+def test_a_round_without_its_data_is_told_and_the_others_go_on(command, tmp_path, capsys):
+    """Catches a round whose files are missing that keeps those after it from running."""
+    error = refusal(capsys, train.main, command(tmp_path, "--round", "R6", "R2"))
+    assert "hotpot_train_v1.1.json is missing" in error
+    assert (tmp_path / "R2/seed5/prompt_fs/model.pth").exists() and not (tmp_path / "R6").exists()
 
 
 def test_out_of_memory_says_what_to_lower(command, tmp_path, capsys, monkeypatch):
