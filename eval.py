@@ -325,10 +325,9 @@ def ask(checkpoint: Path, text: str) -> str:
         tokenizer, longest = small_tokenizer(), 1    # its answers are one token, and nothing marks their end
     fs, own = None, checkpoint.with_name("fs.pth")
     if own.exists():
-        with damage_told(own):
-            run = json.loads(checkpoint.with_name("run.json").read_text(encoding="utf-8"))
-            settings = Round(run["round"], "", **run["settings"]).fs_settings()
-            fs = FutureSeed(model.config, **settings).to(device)
+        with damage_told(checkpoint.absolute().parent):
+            settings = json.loads(checkpoint.with_name("run.json").read_text(encoding="utf-8"))["settings"]
+            fs = FutureSeed(model.config, **Round("", "", **settings).fs_settings()).to(device)
             fs.load_state_dict(read_tensors(own)[0])
     tokens, lengths = pad([tokenizer.encode(prompt)], device)
     if tokens.max() >= model.config.vocab_size:

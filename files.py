@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 SECONDS_BETWEEN_LINES = 2
+NO_MEMORY = "DefaultCPUAllocator"    # in a RuntimeError: torch has no class for memory that a CPU lacks
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
 
@@ -156,7 +157,7 @@ def damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (OSError, Damaged)) or "DefaultCPUAllocator" in str(error):
+        if isinstance(error, (OSError, Damaged)) or NO_MEMORY in str(error):
             raise
         raise Damaged(f"{path}: damaged ({error!r:.100}); run this arm again with --fresh") from error
 

@@ -41,8 +41,9 @@ import torch
 import standin
 from data import Example, batches, collate, download, fingerprint, load_examples
 from eval import CONTROLS, explain, log_numbers, means_of, report, score, text_of_log
-from files import (ARMS, Progress, clear, complain, copy_twin, damage_told, duration, in_words, locked,
-                   read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key, write_json)
+from files import (ARMS, NO_MEMORY, Progress, clear, complain, copy_twin, damage_told, duration, in_words,
+                   locked, read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key,
+                   write_json)
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
@@ -391,8 +392,7 @@ def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> No
     ledger = arm.ledger
     each = (3 + recipe.checkpoint_activations) * recipe.max_prompt
     progress.total -= each * ledger.step * recipe.batch_size    # an earlier process took these steps
-    examples = job.material.train
-    stream = batches(examples, recipe.batch_size, job.seed, start=ledger.step, shuffle=not job.standin)
+    stream = batches(job.material.train, recipe.batch_size, job.seed, ledger.step, shuffle=not job.standin)
     saved = time.monotonic()
     while True:
         interrupt.patient = True
@@ -532,8 +532,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(error)
         return 2
-    except RuntimeError as error:    # torch has no class of its own for memory that a CPU lacks
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
             raise
         complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
         return 2

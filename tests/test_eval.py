@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -469,6 +470,11 @@ def test_ask(tmp_path, capsys, monkeypatch, words):
         fs.alpha.fill_(-30)    # what training left of it is in fs.pth
     torch.save(fs.state_dict(), folder / "prompt_fs/fs.pth")
     assert asked() == expected(None)
+    shutil.copytree(folder / "prompt_fs", tmp_path / "best")    # under another name it is as good
+    assert asked(tmp_path / "best/model.pth") == expected(None)
+    (tmp_path / "best/run.json").write_text("{")
+    assert f"{tmp_path / 'best'}: damaged" in refusal(
+        capsys, main, ["--ask", "x", "--checkpoint", tmp_path / "best/model.pth"])
     torch.save({"alpha": torch.zeros(7)}, folder / "prompt_fs/fs.pth")
     for checkpoint in (path, "none.pth"):
         refusal(capsys, main, ["--ask", "x", "--checkpoint", checkpoint])

@@ -493,6 +493,19 @@ def test_a_damaged_seed_is_told_and_the_others_go_on(name, content, seeds, copy,
     assert (copy / "R2/seed6/prompt_fs/model.pth").exists()
 
 
+def test_the_time_left_of_a_resumed_run_leaves_out_its_steps(command, tmp_path, monkeypatch):
+    """Catches hours that are still to come, 100 steps before the end of a run that was stopped."""
+    kept = []
+    monkeypatch.setattr(train, "Progress", lambda total: kept.append(files.Progress(total)) or kept[-1])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "Arm.train_step", 4)
+        assert train.main(command(tmp_path, "--arm", "no_fs")) == 130
+    assert train.main(command(tmp_path, "--arm", "no_fs")) == 0
+    tokens = load_rounds()[0]["R2"].max_prompt
+    evaluations = 2 * 6 * tokens    # made before the stop: these alone may be counted again
+    assert 0 <= kept[1].total - kept[1].done <= evaluations + 3 * 4 * tokens    # and a short batch
+
+
 def test_a_round_without_its_data_is_told_and_the_others_go_on(command, tmp_path, capsys):
     """Catches a round whose files are missing that keeps those after it from running."""
     error = refusal(capsys, train.main, command(tmp_path, "--round", "R6", "R2"))
