@@ -33,7 +33,7 @@ import torch
 
 from data import Example, collate, pad
 from files import ARMS, METRICS, atomic_write, complain, damage_told, read_round, seeds_on_disk
-from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
+from fs import FutureSeed, answer_logits, answer_loss, prefill
 from model import RWKV7, read_tensors
 from rounds import Round, expand, load_rounds, seeds_of
 from standin import chance, small_tokenizer
@@ -79,6 +79,18 @@ def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[li
     for prompt, example in zip(prompts, examples):
         prompt[-example.tail:] = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
     return prompts
+
+
+def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
+    """A hook in the place of `fs` that gives every layer the seed state that other prompts gave it."""
+    kept = {}
+
+    def keep(layer, below, x_last):
+        kept[layer] = fs(layer, below, x_last)
+        return kept[layer]
+
+    model(tokens, lengths=lengths, seed_state=keep)
+    return lambda layer, below, x_last: kept[layer]
 
 
 @torch.no_grad()
