@@ -23,6 +23,7 @@ Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
@@ -35,7 +36,7 @@ GATES = ("scalar", "head", "heads", "input")
 
 
 class FutureSeed(nn.Module):
-    """Makes the seed states; an instance is the `seed` hook of `model.RWKV7.forward`.
+    """Makes the seed states; an instance is the `seed_state` hook of `model.RWKV7.forward`.
 
     Args:
         config: sizes of the model that it seeds.
@@ -52,6 +53,7 @@ class FutureSeed(nn.Module):
         train_alpha: train the alphas; otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
+    Warns: where no layer of the model would be seeded.
     """
 
     def __init__(self, config: Config, alpha=-2.0, layer_start=6, norm=True, detach=True, clip=1.0, scale=1.0,
@@ -60,7 +62,11 @@ class FutureSeed(nn.Module):
         for name, value, choices in (("schedule", schedule, SCHEDULES), ("gate", gate, GATES)):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+        self.config = config
         self.layer_start = max(1, layer_start)
+        if self.layer_start >= config.n_layer:
+            warnings.warn(f"this FutureSeed seeds no layer: layer_start is {layer_start}, and the model's "
+                          f"layers are 0 to {config.n_layer - 1}", stacklevel=2)
         self.norm = norm
         self.detach = detach
         self.clip = clip
@@ -123,35 +129,28 @@ def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = N
     Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
     Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
     """
-    return model(tokens, lengths=lengths, seed=fs)
+    return model(tokens, lengths=lengths, seed_state=fs)
 
 
-def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
-    """A hook in the place of `fs` that gives every layer the seed state that other prompts gave it."""
-    kept = {}
-
-    def keep(layer, below, x_last):
-        kept[layer] = fs(layer, below, x_last)
-        return kept[layer]
-
-    model(tokens, lengths=lengths, seed=keep)
-    return lambda layer, below, x_last: kept[layer]
-
-
-def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
+def answer_logits(model, fs, prompt, prompt_lengths, answer):
     """Read prompts with Future-Seed, then their answers without, as decoding would.
 
-    Args: prompt (B, T), prompt_lengths (B,), answer (B, A), as data.collate gives them.
+    Args: prompt (B, T), prompt_lengths (B,) or None for T, answer (B, A), as data.collate gives them.
     Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answers get
-    logits: (B, T, V) would be a gigabyte at T = 4096.
+        logits: (B, T, V) would be a gigabyte at T = 4096.
     """
-    given = answer[:, :-1] if answer.shape[1] > 1 else None
-    lengths = prompt_lengths if len(prompt) > 1 else None    # one row has no padding, and needs no masks
-    hidden, state = model(prompt, lengths=lengths, seed=fs, answer=given)
-    rows = torch.arange(len(prompt), device=prompt.device)
-    before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
-    before_answer = torch.cat([before_first, hidden[:, prompt.shape[1]:]], dim=1)    # (B, A, C)
-    return model.head(before_answer), state
+    B, T = prompt.shape
+    given = None
+    if answer.shape[1] > 1:
+        given = answer[:, :-1]    # the last token is only predicted
+    hidden, state = model(prompt, lengths=prompt_lengths, seed_state=fs, answer=given)
+    if prompt_lengths is None:
+        before_first = hidden[:, T - 1 : T]    # (B, 1, C), predicts the first token
+    else:
+        rows = torch.arange(B, device=prompt.device)
+        before_first = hidden[rows, prompt_lengths.to(prompt.device) - 1].unsqueeze(1)
+    before_answer = torch.cat([before_first, hidden[:, T:]], dim=1)    # (B, A, C)
+    return model.logits(before_answer), state
 
 
 def answer_loss(logits, answer, answer_lengths):

@@ -1,11 +1,12 @@
-"""The road from wkv.py to wkv_kernel.cu: compiles the kernels, checks them at first use, and launches them.
+"""Between wkv.py and wkv_kernel.cu: compiles the kernels, checks them at first use, and launches them.
 
-The user needs no CUDA toolkit: NVRTC and its Python bindings come with torch's CUDA builds for Linux, and the
-driver does the rest. Compiled kernels are kept in $WKV_CACHE, or else $XDG_CACHE_HOME/wkv7, or else
-~/.cache/wkv7, named by a hash of all that went into them. What goes wrong in here is an OSError of one line.
+The user needs no CUDA toolkit. NVRTC and its Python bindings come with torch's CUDA builds for Linux, and the
+driver does the rest. Compiled kernels are kept in $WKV_CACHE, or else in $XDG_CACHE_HOME/wkv7, or else in
+~/.cache/wkv7. A file's name is a hash of all that the kernels were compiled from. Whatever goes wrong in here
+is an error of one line, which `load` prints before the PyTorch form runs instead.
 
-Reference: the manuals of the CUDA Driver API and of NVRTC (docs.nvidia.com/cuda). wkv_kernel.cu begins with
-its entry points and their arguments.
+References: the manuals of the CUDA Driver API and of NVRTC (docs.nvidia.com/cuda). wkv_kernel.cu begins with
+a list of its entry points and their arguments.
 
 Shapes: B batch, T tokens, H heads, N head size. A chunk is 16 tokens, a segment several chunks.
 """
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from files import atomic_write
 
 try:
     from cuda.bindings import nvrtc
@@ -34,7 +34,8 @@ except ImportError:
 SOURCE = Path(__file__).with_name("wkv_kernel.cu")
 ENTRY_POINTS = ("wkv_forward", "wkv_backward_chain", "wkv_backward", "wkv_token_forward")
 HEAD_SIZES = (16, 32, 64, 128)
-MAX_B = 65535  # of the second dimension of a grid
+MAX_B = 65535  # what the second dimension of a grid may be
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class Kernels(NamedTuple):
@@ -67,8 +68,9 @@ def load(device: torch.device, N: int, bf16: bool, reference) -> Kernels | None:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_check, kernels, device, N, reference).result()
         loaded[key] = kernels
-    except OSError as error:
-        print(f"wkv: no CUDA kernel, the slower PyTorch form runs: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # torch tells a GPU's fault as a RuntimeError of many lines
+        reason = str(error).partition("\n")[0]
+        print(f"wkv: no CUDA kernel, the slower PyTorch form runs: {reason}", file=sys.stderr)
     return loaded.get(key)
 
 
@@ -145,12 +147,38 @@ def cubin(architecture: str, N: int, bf16: bool) -> bytes:
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wkv7")
     path = Path(os.environ.get("WKV_CACHE") or user_cache, f"{key}.cubin").expanduser()
-    if path.is_file():
-        return path.read_bytes()
-    image = compile_source(source, options)
-    with contextlib.suppress(OSError), atomic_write(path) as file:  # if not kept, the next start compiles
-        file.write(image)
+    image = _kept(path)
+    if image is None:
+        image = compile_source(source, options)
+        with contextlib.suppress(OSError):  # what cannot be kept is compiled again at the next start
+            _keep(path, image)
     return image
+
+
+def _kept(path: Path) -> bytes | None:
+    """The kernels that an earlier start kept in this file; None without it, or where it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    image, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
+    if hashlib.sha256(image).digest() != digest:
+        print(f"wkv: the kept kernels in {path} are damaged; they are compiled again", file=sys.stderr)
+        return None
+    return image
+
+
+def _keep(path: Path, image: bytes) -> None:
+    """Writes the kernels and their digest, whole or not at all: under another name, and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(image + hashlib.sha256(image).digest())
+        os.replace(temporary, path)
+    except BaseException:  # a Ctrl-C too
+        os.unlink(temporary)
+        raise
 
 
 def compile_source(source: bytes, options: tuple[str, ...]) -> bytes:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_model import assert_close, assert_same_state, of_row, oracle, random_model, random_tokens
 from test_model import same_bits, sigmoid
 
-from fs import GATES, FutureSeed, borrowed, prefill
+from eval import borrowed
+from fs import GATES, FutureSeed, prefill
 from model import Config
 
 FEW = settings(deadline=None, max_examples=20)
@@ -255,9 +256,9 @@ def test_every_layer_is_causal_given_its_seed(seed, T, data):
         return seeds[layer]
 
     with torch.no_grad():
-        hidden, _ = model(tokens, seed=captured)
-        replayed, _ = model(tokens, seed=lambda layer, below, x_last: seeds[layer])
-        other, _ = model(changed, seed=lambda layer, below, x_last: seeds[layer])
+        hidden, _ = model(tokens, seed_state=captured)
+        replayed, _ = model(tokens, seed_state=lambda layer, below, x_last: seeds[layer])
+        other, _ = model(changed, seed_state=lambda layer, below, x_last: seeds[layer])
         seen, _ = prefill(model, changed, fs=fs)
     assert torch.equal(hidden, replayed)
     assert torch.equal(hidden[:, :t], other[:, :t])
@@ -310,7 +311,7 @@ def test_seed_states_can_be_those_of_other_prompts():
     assert not torch.equal(hidden[:, 0], controlled[:, 0])
     seed_states = {}
     model(others[0], lengths=others[1],
-          seed=lambda layer, *inputs: seed_states.setdefault(layer, fs(layer, *inputs)))
+          seed_state=lambda layer, *inputs: seed_states.setdefault(layer, fs(layer, *inputs)))
     expected, expected_state = model(*prompts[:1], None, *prompts[1:], lambda layer, *_: seed_states[layer])
     assert torch.equal(controlled, expected) and same_bits(controlled_state, expected_state)
 

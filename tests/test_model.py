@@ -267,7 +267,7 @@ def test_row_of_a_batch_is_the_row_alone_read_in_pieces(seed, T, A, data):
                 alone_loss += [part for layer in alone_state for part in layer]
             if len(piece):
                 seed_hook = hook if len(alone) == 1 else None
-                out, alone_state = model(piece.unsqueeze(0), alone_state, seed=seed_hook)
+                out, alone_state = model(piece.unsqueeze(0), alone_state, seed_state=seed_hook)
             alone.append(out[0] if len(piece) else torch.zeros(0, 16))
         own = torch.cat([hidden[row, :length], hidden[row, T : T + answer_length]])
         assert_close(own, torch.cat(alone), 1e-10, f"row {row}")
@@ -289,8 +289,8 @@ def test_padding_and_what_comes_later_are_never_seen():
     other_tokens = torch.where(torch.arange(21) < lengths.view(3, 1), tokens, random_tokens(13, 3, 21))
     other_answers = torch.where(torch.arange(7) < 4, answers, random_tokens(12, 3, 7))
     hook = lambda layer, below, x_last: below / 2    # noqa: E731
-    hidden, state = model(tokens, lengths=lengths, seed=hook, answer=answers)
-    changed, changed_state = model(other_tokens, lengths=lengths, seed=hook, answer=other_answers)
+    hidden, state = model(tokens, lengths=lengths, seed_state=hook, answer=answers)
+    changed, changed_state = model(other_tokens, lengths=lengths, seed_state=hook, answer=other_answers)
     for row, length in enumerate(lengths):
         assert torch.equal(hidden[row, :length], changed[row, :length])
     assert torch.equal(hidden[:, 21 : 21 + 4], changed[:, 21 : 21 + 4])
@@ -320,7 +320,7 @@ def test_nothing_is_masked_or_gathered_where_nothing_is_padded():
 
     model, seen = random_model(1), set()
     with Names():
-        model(random_tokens(1, 2, 2), seed=lambda layer, below, x_last: below, answer=random_tokens(2, 2, 2))
+        model(random_tokens(1, 2, 2), seed_state=lambda layer, below, x_last: below, answer=random_tokens(2, 2, 2))
     assert "addcmul" in seen and not seen & {"masked_fill", "index", "arange", "copy_", "_local_scalar_dense"}
 
 
@@ -348,14 +348,14 @@ def test_seed_hook_gets_what_it_was_promised_and_replaces_the_state():
     def seed(layer, below, x_last):
         asked.append((layer, below, x_last))
 
-    hidden, state = model(tokens, lengths=lengths, seed=seed)
+    hidden, state = model(tokens, lengths=lengths, seed_state=seed)
     assert [layer for layer, _, _ in asked] == [1, 2]
     for layer, below, x_last in asked:
         assert torch.equal(below, state[layer - 1].wkv)
         assert torch.equal(x_last, inputs[layer][[0, 1], lengths - 1])
     assert torch.equal(hidden, model(tokens, lengths=lengths)[0])    # None: as without a hook
     chosen = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    seeded, _ = model(tokens, state, seed=lambda layer, below, x_last: chosen if layer == 2 else None)
+    seeded, _ = model(tokens, state, seed_state=lambda layer, below, x_last: chosen if layer == 2 else None)
     state[2] = state[2]._replace(wkv=chosen)
     assert torch.equal(seeded, model(tokens, state)[0])
 
@@ -375,12 +375,12 @@ def test_activation_checkpointing_changes_nothing_but_memory(hook):
         model.checkpoint_activations = checkpointed
         calls = []
         model.blocks[1].att.register_forward_hook(lambda module, args, output: calls.append(1))
-        hidden, state = model(tokens, lengths=lengths, seed=seed)
+        hidden, state = model(tokens, lengths=lengths, seed_state=seed)
         (hidden.sin().sum() + sum(layer.wkv.sin().sum() for layer in state)).backward()
         results.append((hidden, state, {name: p.grad for name, p in model.named_parameters()}))
         assert len(calls) == (2 if checkpointed else 1)
         with torch.no_grad():
-            assert torch.equal(model(tokens, lengths=lengths, seed=seed)[0], hidden)
+            assert torch.equal(model(tokens, lengths=lengths, seed_state=seed)[0], hidden)
     (one, one_state, one_grads), (two, two_state, two_grads) = results
     assert torch.equal(one, two) and same_bits(one_state, two_state)
     assert all(torch.equal(g, two_grads[name]) for name, g in one_grads.items() if g is not None)

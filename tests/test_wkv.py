@@ -228,6 +228,35 @@ def test_what_does_not_fit_is_named_in_one_line(broken):
             function(*broken(inputs, state))
 
 
+@pytest.mark.parametrize("T", (1, 40))
+@pytest.mark.parametrize("wrong", (-0.61, -12.0, 1e-3, math.inf, math.nan))
+def test_a_decay_out_of_range_is_refused_on_a_cpu(T, wrong):
+    """One log_w out of RWKV-7's range is an error that names the value and wkv_reference, which takes it.
+
+    Catches: NaN or wrong numbers without a word, since the chunked form divides by products of decays.
+    """
+    r, log_w, k, v, a, b, state = (x.float() for x in make(2, T, 2, 16))
+    log_w[1, T - 1, 1, 3] = wrong
+    line = r"^wkv: log_w must be in \(-0.6066, 0\][^\n]* wkv_reference [^\n]*$"
+    for function in (wkv, wkv_chunked):
+        with pytest.raises(ValueError, match=line):
+            function(r, log_w, k, v, a, b, state)
+    wkv_reference(r, log_w, k, v, a, b, state)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+def test_every_decay_that_the_model_makes_is_accepted(dtype):
+    """log_w = -exp(-0.5) sigmoid(x) passes for x from -inf to inf in every dtype, and so does padding's 0.
+
+    Catches: a bound so tight that rounding up to it refuses the model's own decays.
+    """
+    x = torch.tensor([-math.inf, -20, 0, 20, math.inf], dtype=dtype)
+    log_w = torch.cat((-math.exp(-0.5) * torch.sigmoid(x), torch.zeros(3, dtype=dtype))).view(1, 2, 1, 4)
+    others = torch.ones(1, 2, 1, 4, dtype=dtype)
+    y, _ = wkv(others, log_w, others, others, others, others)
+    assert y.isfinite().all()
+
+
 def test_wkv_cuda_refuses_what_it_cannot_do():
     """Tensors that are not on a GPU handed to one, or a grid that is too large for it."""
     with pytest.raises(ValueError, match=r"^wkv_cuda: v must be on a GPU[^\n]*$"):
