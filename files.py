@@ -103,7 +103,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open, as "wb" or "w" (UTF-8), a temporary file that becomes `path` when the block ends well.
 
     If the block raises, `path` keeps what it held and the temporary file is removed. OSError, which names
-    `path`, where it cannot be written. torch calls a full disk a RuntimeError; here it is an OSError too.
+    `path`, where it cannot be written. (model.write_pt does the same for tensors.)
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        # a stop inside torch.save comes out as torch's own error about an unfinished archive
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__
-        if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
-            raise OSError(f"{path} cannot be written: {reason}. What was saved before is kept.") from error
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error.strerror}. What was saved before is kept.") from error
         raise
 
 
@@ -175,10 +171,9 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
 
     with held:
         locked = os.stat(lock)
-        for leftover in folder.glob("*/.*"):
-            if leftover.is_file():
-                leftover.unlink()
-        for leftover in folder.glob(".copy-*"):
+        for leftover in folder.glob("*/.*.????????"):    # of mkstemp, as above and in model.write_pt
+            leftover.unlink()
+        for leftover in folder.glob(".copy-*"):          # of runs.copy_identical_no_fs
             shutil.rmtree(leftover)
         yield check_still_owned
 

@@ -43,6 +43,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -53,10 +54,9 @@ import standin
 from data import (Example, batches, collate, download, fingerprint, load_examples, load_own_examples,
                   loses_question)
 from eval import CONTROLS, answer_budget, means_of, score
-from files import (Progress, atomic_write, complain, counted, delete_folders, duration, owned, say, tell,
-                   write_json)
+from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
-from model import RWKV7, Config, read_pt
+from model import RWKV7, Config, read_pt, write_pt
 from report import explain, log_numbers, text_of_log, write_report
 from rounds import Round, expand, load_rounds, seeds_of, setting_lines, with_settings
 from runs import (ARMS, FOLDERS, NO_MEMORY, SURROUNDINGS, check_comparable, check_same_run, check_shape,
@@ -393,8 +393,7 @@ class Arm:
                       "metrics": self.metrics, "records": self.records, "history": self.history,
                       "model": self.model.state_dict(), "fs": self.fs and self.fs.state_dict(),
                       "optimizer": self.optimizer.state_dict()["state"]}
-        with atomic_write(self.folder / "checkpoint.pt") as file:
-            torch.save(checkpoint, file)
+        write_pt(checkpoint, self.folder / "checkpoint.pt")
         self.write_lines("running")
         self.saved = time.monotonic()
 
@@ -404,8 +403,8 @@ class Arm:
         self.model.save(self.folder / "model.pth")
         if self.fs is not None:
             write_json(self.folder / "controls.jsonl", self.controls)
-            with atomic_write(self.folder / "fs.pth") as file:
-                torch.save({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()}, file)
+            write_pt({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()},
+                     self.folder / "fs.pth")
         self.write_lines("done")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -468,9 +467,6 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
         if args.fresh:
             delete_folders([folder / arm for arm in args.arms])
         states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
-        if recipe.fs_layer_start >= material.base.config.n_layer:
-            say(f"note: {material.base_name} has no layer {recipe.fs_layer_start} (fs_layer_start), so no layer "
-                "gets a seed state")
         for arm in args.arms:
             if states[arm] == "done":
                 say(f"{recipe.name} seed {seed} {arm}: this run is done; --fresh starts it over")
@@ -673,6 +669,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
     device = torch.device(args.device)
+    warnings.showwarning = lambda message, *_: say(f"note: {message}")    # in one line, like all else
     interrupt = Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
