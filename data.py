@@ -57,6 +57,7 @@ class Example:
     answer: list[int]                       # tokens to be predicted
     text: str                               # the gold answer: "A", "Barack Obama"
     choices: dict[str, int] | None          # ARC: label -> its first token; HotpotQA: None
+    cut: bool
     tail: int                               # the prompt's last tokens that come after its first block
 
 
@@ -121,7 +122,7 @@ def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
 
 
 def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, max_prompt: int,
-                 max_answer: int, min_prompt: int = 0) -> Example | None:
+                 max_answer: int, min_prompt: int = 0, end_mark=False, arc_border='log') -> Example | None:
     """One official record as an Example, or None where the log's rules leave it out.
 
     Args: order, see `arrange`; lengths in tokens. Prompts keep their last max_prompt tokens, those shorter
@@ -146,7 +147,7 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     choices = {label: tokenizer.encode(label)[0] for label in labels} if labels else None
     id = field(record, "id" if task == "arc" else "_id", str)
     answer_tokens = tokenizer.encode(space + answer)[:max_answer]
-    return Example(id, prompt, answer_tokens, answer, choices, tail)
+    return Example(id, prompt, answer_tokens, answer, choices, False, tail)
 
 
 # ---- files of records --------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def read_member(url: str, name: str) -> bytes:
         raise ValueError(f"damaged archive: {error}") from error
 
 
-def download(url: str, path: Path, check: Callable[[Path], object], offline: bool, member: str = "") -> None:
+def download(url: str, path: Path, check: Callable[[Path], object], offline: bool, largest=0, member: str = "") -> None:
     """Fetch url, or a member of the zip archive there, to path: whole and checked or not at all.
 
     Args: check, called with the file before it gets its name, raises ValueError to refuse it.
@@ -216,7 +217,7 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
 
     url, member = (ARC_ARCHIVE, ARC_FOLDER) if task == "arc" else (HOTPOTQA_FOLDER + path.name, "")
     if not path.exists():
-        download(url, path, check, offline, member and member + path.name)
+        download(url, path, check, offline, 0, member and member + path.name)
     return path
 
 
@@ -243,7 +244,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
-                  n: int | None, seed: int, assets: str | Path, offline: bool = False) -> list[Example]:
+                  n: int | None, seed: int, assets: str | Path, offline: bool = False, end_mark=False, arc_border='log') -> list[Example]:
     """The first n examples that qualify, of the records shuffled by `seed`, as in the log.
 
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
@@ -320,3 +321,12 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
     return (*pad([example.prompt for example in examples], device),
             *pad([example.answer for example in examples], device))
+
+def loses_question(example, order):
+    return example.cut and order in ("question_first",)
+def answer_cue(task, arc_border):
+    return "\n\nAnswer: " if task == "arc" else "\n\nAnswer:"
+def prompt_blocks(task, context, question):
+    if task == "arc": return "Options:\n" + "\n".join(context), f"Question:\n{question}"
+    return "Context:\n" + "\n\n".join(context), f"Question:\n{question}"
+def load_own_examples(folder, split, *, order, max_prompt, min_prompt=0, max_answer, end_mark, n): ...

@@ -276,7 +276,7 @@ def report_on_runs(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             troubles.append(error)
     if args.plot and results:
-        plot([result["folder"] for result in results], args.plot, seeds)
+        plot([Path(result["folder"]) for result in results], args.plot, seeds)
         say(f"drawn: {args.plot}")
     tell(json.dumps({"rounds": results}, indent=1) if args.json else text_of(results))
     for trouble in troubles:

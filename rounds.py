@@ -30,6 +30,10 @@ class Round:
     task: str                  # "arc" or "hotpotqa"
     order: str                 # of question and context (ARC: options) in the prompt, see data.arrange
     seeds: tuple[int, ...] = (0, 1, 2)    # the log's; a run's seed draws its batches
+    registered: tuple[int, ...] = ()
+    inherits: str | None = None
+    end_mark: bool = False
+    arc_border: str = "log"
     primary: bool = False      # the one comparison of the study that was registered as its question
     base: str = "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
     max_prompt: int = 512      # longer prompts keep their last tokens
@@ -78,7 +82,7 @@ class Round:
 
     def settings(self) -> dict:
         """All that decides a run but its seed, as plain JSON values."""
-        return {key: getattr(self, key) for key in SETTINGS if key not in ("title", "seeds", "primary")}
+        return {key: getattr(self, key) for key in SETTINGS if key not in ("title", "seeds", "primary", "registered", "inherits")}
 
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
@@ -91,7 +95,7 @@ class Round:
 
 
 # name -> type, of all that rounds.toml and --set may hold
-SETTINGS = {name: kind for name, kind in Round.__annotations__.items() if name not in ("name", "log")}
+SETTINGS = {name: kind for name, kind in Round.__annotations__.items() if name not in ("name", "log", "inherits", "registered")}
 
 
 def checked(key: str, value, where: str):
@@ -176,3 +180,5 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
             value = text if equals else None
         changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)
+
+def setting_lines(): return []

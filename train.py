@@ -277,7 +277,9 @@ class Arm:
             (loss.sum() / len(batch)).backward()
             losses.append(loss.detach())
         if self.recipe.grad_clip:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            parameters = list(self.model.parameters())
+            if self.fs is not None:
+                parameters += self.fs.parameters()
             torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip)
         warmth = min(1.0, (self.step + 1) / max(1, self.recipe.warm_up))
         for group in self.optimizer.param_groups:
