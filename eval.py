@@ -12,10 +12,10 @@ Every evaluation leaves a record an example (records.jsonl), and report.py compu
     EM      HotpotQA: exact match of the line that the model writes; ARC: is the likeliest label the right one
     F1      HotpotQA: of the line that the model writes
 
-To write an answer, a model decodes greedily within a fixed budget of tokens, which does not depend on the gold
-answer: the round's max_answer and SPARE_TOKENS more. White space before the answer is skipped. The answer is
-what follows up to the first line break or the end of the document, and it is held against the whole gold
-answer by the official rules.
+To write an answer, a model decodes greedily within a fixed budget of tokens, the round's max_answer and
+SPARE_TOKENS more, which does not depend on the gold answer. White space before the answer is skipped. The
+answer is what follows up to the first line break or the end of the document, and it is held against the whole
+gold answer by the official rules.
 
 References: the experiment log for acc and loss; HotpotQA's hotpot_evaluate_v1.py (arXiv:1809.09600) for EM
 and F1. Shapes: B examples in a batch, A tokens in its longest answer, V vocabulary entries.
@@ -119,7 +119,8 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer, max_n
     texts = write_answers(model, logits[:, 0], state, max_new, tokenizer)
     records = []
     for row, (example, text) in enumerate(zip(batch, texts)):
-        exact, f1, option = float(normalise(text) == normalise(example.text)), f1_score(text, example.text), None
+        exact, f1 = float(normalise(text) == normalise(example.text)), f1_score(text, example.text)
+        option = None
         if example.choices:
             # ARC: the likeliest of the question's labels, by the token that each would begin with
             option = max(example.choices, key=lambda label: logits[row, 0, example.choices[label]].item())
@@ -200,8 +201,8 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     """The line that a model answers.
 
     Args: checkpoint, an official-format file. If a run left it, the run.json and fs.pth beside it decide on
-        the form of the prompt, the length of the answer and Future-Seed. question: put as the run's rounds put
-        theirs, or taken as a whole prompt if it ends in "Answer:". context: paragraphs, or ARC's options.
+        the form of the prompt, the length of the answer and Future-Seed. question, put as the run's round puts
+        its own, or a whole prompt if it ends in "Answer:". context, paragraphs, or ARC's options.
     Raises: ValueError or OSError naming the file.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,8 +222,8 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     tokenizer = small_tokenizer() if source == "standin" else Tokenizer()
     needed = max(tokenizer.tokens) + 1
     if model.config.vocab_size < needed:
-        raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the tokenizer of "
-                         f"RWKV World needs {needed}; ask a model that was trained with it")
+        raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the tokenizer "
+                         f"of RWKV World needs {needed}; ask a model that was trained with it")
     cue = answer_cue(recipe.task, recipe.arc_border)    # "\n\nAnswer:", and a space where the run had one
     if question.rstrip().endswith("Answer:"):
         prompt = question.rstrip().removesuffix("Answer:") + cue.lstrip()
@@ -248,7 +249,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--json", action="store_true", help="print all numbers as JSON")
     option("--plot", type=Path, metavar="FILE.png", help="draw them, too; needs matplotlib")
     option("--ask", metavar="TEXT", help="a question for a trained model, or a prompt that ends in Answer:")
-    option("--context", nargs="+", default=[], metavar="TEXT", help="paragraphs to read for --ask; ARC: options")
+    option("--context", nargs="+", default=[], metavar="TEXT", help="what --ask is about, by paragraphs")
     option("--checkpoint", type=Path, metavar="PATH", help="of the model to ask, as a run's model.pth")
     args = parser.parse_args(argv)
     if (args.ask is None) != (args.checkpoint is None):
@@ -266,8 +267,9 @@ def report_on_runs(args: argparse.Namespace) -> int:
     folders = [args.runs / folder / name for name in names for folder in FOLDERS.values()]
     folders = [folder for folder in folders if seeds_on_disk(folder)]
     if not folders:
-        raise FileNotFoundError(f"{args.runs} holds no runs of {', '.join(args.rounds) or 'any round'}. Train some "
-                                "with train.py, or name another folder with --runs DIR.")
+        wanted = ", ".join(args.rounds) or "any round"
+        raise FileNotFoundError(f"{args.runs} holds no runs of {wanted}. Train some with train.py, or name "
+                                "another folder with --runs DIR.")
     results, troubles = [], []
     for folder in folders:
         try:

@@ -1,9 +1,9 @@
-"""The terminal and the disk: messages that stop nobody, files written whole or not at all, a folder's one owner.
+"""The terminal and the disk: messages that stop nobody, files whole or not at all, one owner a folder.
 
 A run may be killed, its terminal may go away, a disk may fill up, and two processes may want the same folder.
 So a message that cannot be written is dropped. A file is written under a temporary name, flushed to the disk,
-and only then renamed. A folder is worked on by the process that holds its lock, and that process looks, before
-it saves, whether the folder is still the one that it locked.
+and only then renamed. A folder is worked on by the process that holds its lock. Before it saves, that process
+looks whether the folder is still the one that it locked.
 
 This file needs no torch, whose import takes seconds: a command hears Ctrl-C from its first lines on.
 """
@@ -27,7 +27,7 @@ SECONDS_BETWEEN_LINES = 2
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 def write_line(stream: TextIO, text: str) -> None:
-    """Print to a stream, or drop the text: a reader that has gone away or a full disk is no reason to stop."""
+    """Print to a stream, or drop the text: a reader that is gone or a full disk is no reason to stop."""
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
@@ -88,7 +88,7 @@ class Progress:
 
 
 def stop_from_the_first_line() -> None:
-    """Make Ctrl-C end this process with one line. For a command that has begun nothing but its imports yet."""
+    """Make Ctrl-C end this process with one line, while a command has begun nothing but its imports."""
     def stop(number, frame):
         say("stopped")
         os._exit(128 + number)    # an exception could be caught by whatever is being imported
@@ -118,7 +118,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written: {error.strerror}. What was saved before is kept.") from error
+            raise OSError(f"{path} cannot be written: {error.strerror}. What was saved before is "
+                          "kept.") from error
         raise
 
 
@@ -166,8 +167,8 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
     def check_still_owned() -> None:
         # the lock file is open, so no other file can have been given its inode
         if not lock.exists() or not os.path.samestat(os.stat(lock), locked):
-            raise ValueError(f"{folder} was deleted or replaced while this run was working in it, so this run "
-                             "stops. Start it again, or pass a different --runs DIR.")
+            raise ValueError(f"{folder} was deleted or replaced while this run was working in it, so this "
+                             "run stops. Start it again, or pass a different --runs DIR.")
 
     with held:
         locked = os.stat(lock)
@@ -179,7 +180,7 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def delete_folders(folders: list[Path]) -> None:
-    """Delete folders, those that are there. ValueError, and nothing is deleted, where a link leads elsewhere."""
+    """Delete those folders that are there. ValueError, with nothing deleted, where a link leads elsewhere."""
     for folder in folders:
         for path in (folder, folder.parent):
             if path.is_symlink():

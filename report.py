@@ -47,8 +47,8 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
         half = 1.96 * d.std(axis=1, ddof=1) / math.sqrt(len(ids))    # of the interval over questions, (S,)
         for s, line in enumerate(per_seed):
             mean = float(d[s].mean())
-            line[metric] = {"no_fs": float(without[s].mean()), "prompt_fs": float(with_fs[s].mean()), "d": mean,
-                            "low": mean - float(half[s]), "high": mean + float(half[s])}
+            line[metric] = {"no_fs": float(without[s].mean()), "prompt_fs": float(with_fs[s].mean()),
+                            "d": mean, "low": mean - float(half[s]), "high": mean + float(half[s])}
         deltas[metric] = d.mean(axis=1)
         over_seeds[metric] = {"mean": float(deltas[metric].mean()), "std": float(deltas[metric].std()),
                               "signs": signs(deltas[metric])}
@@ -92,17 +92,16 @@ def labels_of(run: dict, published: Round) -> list[str]:
         labels.append(f"ANOTHER BASE, {run['base']['name']}: not comparable with the log")
     if run["minutes"] is not None:
         labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
-    changed = [f"{key}={settings[key]}" for key, value in published.settings().items() if settings[key] != value]
-    if run["source"] == "own" and settings["min_prompt"] == 0:
-        changed = [text for text in changed if text != "min_prompt=0"]
+    changed = [f"{key}={settings[key]}" for key, value in published.settings().items()
+               if settings[key] != value and not (run["source"] == "own" and key == "min_prompt")]
     if changed:
         labels.append(f"settings changed from the round's: {', '.join(changed)}")
     if run["data"]["questions_cut"]:
-        labels.append(f"{counted(run['data']['questions_cut'], 'prompt')} of the validation set began before the "
-                      f"last {settings['max_prompt']} tokens and lost the question, as in the log")
+        labels.append(f"{counted(run['data']['questions_cut'], 'prompt')} of the validation set had more than "
+                      f"{settings['max_prompt']} tokens and lost the question, as in the log")
     if settings["task"] == "hotpotqa" and run["source"] != "standin" and not settings["end_mark"]:
-        labels.append("no end mark is trained, as in the log: a model that writes on after its answer scores low "
-                      "in EM (--set end_mark=true trains one)")
+        labels.append("no end mark is trained, as in the log: a model that writes on after its answer scores "
+                      "low in EM (--set end_mark=true trains one)")
     return labels
 
 
@@ -151,8 +150,8 @@ def text_of_round(result: dict, p_in_words: str) -> str:
     if standin:
         jumped = result["jumped"]
         p = f"; exact paired p {result['p_jumped']:.3f}" if seeds >= MIN_SEEDS else ""
-        lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {jumped['no_fs']} of {seeds}, "
-                     f"prompt_fs {jumped['prompt_fs']} of {seeds}{p}")
+        lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {jumped['no_fs']} of "
+                     f"{seeds}, prompt_fs {jumped['prompt_fs']} of {seeds}{p}")
     for control, values in result["controls"].items():
         numbers = " ".join(f"{value:.4f}" for value in values)
         lines.append(f"accuracy of prompt_fs, its seed states {OFF[control]}: {numbers}")
@@ -207,31 +206,32 @@ def question_as_arguments(prompt: str) -> str:
 def explain(result: dict, seed: int, validation: list[Example], folder: Path) -> str:
     """A seed on the stand-in in plain words: what was asked, what came out, what that does not say."""
     place = result["seeds"].index(seed)
-    acc, off, settings = result["per_seed"][place]["acc"], result["controls"]["off"][place], result["settings"]
+    acc, off = result["per_seed"][place]["acc"], result["controls"]["off"][place]
+    settings = result["settings"]
     written = {}
     for arm in ARMS:
         lines = read_lines(folder / arm / "records.jsonl")[-len(validation):]
         written[arm] = [json.loads(line)["text"] for _, line in lines]
     apart = [i for i in range(len(validation)) if written["no_fs"][i] != written["prompt_fs"][i]]
     guess = chance(result["task"], settings["facts"])
-    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact picked "
-             f"at random is right {guess:.0%} of the time.",
-             f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it {acc['prompt_fs']:.0%}.",
+    lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact "
+             f"picked at random is right {guess:.0%} of the time.",
+             f"Without Future-Seed {acc['no_fs']:.0%} of the answers are right, with it "
+             f"{acc['prompt_fs']:.0%}.",
              f"With its seed states switched off after training, prompt_fs answers {off:.0%} right."]
     if abs(acc["prompt_fs"] - off) < EFFECT:
         gate = 1 / (1 + math.exp(-settings["alpha_init"]))
-        lines += [f"So its answers do not depend on the seed states. Their gate began at {gate:.3f}, from layer "
-                  f"{settings['fs_layer_start']} on.",
+        lines += [f"So its answers do not depend on the seed states. Their gate began at {gate:.3f}, from "
+                  f"layer {settings['fs_layer_start']} on.",
                   f"Future-Seed at work: python train.py --round {SHOWN} --seed {seed} --standin"]
     else:
         lines.append("So its answers depend on the seed states.")
     lines.append(f"The arms answer {counted(len(apart), 'question')} differently.")
     if apart:
-        example = validation[apart[0]]
+        example, no_fs, prompt_fs = (part[apart[0]] for part in (validation, *written.values()))
         arguments = question_as_arguments(small_tokenizer().decode(example.prompt))
-        lines.append(f"One of them is {example.id}: right is {example.text}; no_fs says "
-                     f"{written['no_fs'][apart[0]]}, prompt_fs says {written['prompt_fs'][apart[0]]}. Ask yourself, "
-                     "either arm:")
+        lines.append(f"In one of them {example.text} is right, no_fs says {no_fs} and prompt_fs says "
+                     f"{prompt_fs}. Ask either arm yourself:")
         for arm in ARMS:
             lines.append(f"  python eval.py --checkpoint {folder / arm / 'model.pth'} {arguments}")
     lines.append("One seed decides nothing, for another may learn what this one missed. A verdict needs "
@@ -255,7 +255,8 @@ def draw_scores(panel, rows: list[Row]) -> None:
     """Every seed's score without Future-Seed, with it, and with its seed states off; a mark a seed."""
     for place, row in enumerate(rows):
         for seed in sorted(row.no_fs.keys() & row.prompt_fs.keys()):
-            panel.plot([row.no_fs[seed], row.prompt_fs[seed]], [place - 0.2, place], color="0.85", linewidth=0.7)
+            pair = [row.no_fs[seed], row.prompt_fs[seed]]
+            panel.plot(pair, [place - 0.2, place], color="0.85", linewidth=0.7)
         for name, values, mark, shift, label in (
             ("no_fs", row.no_fs, "o", -0.2, "no_fs"), ("prompt_fs", row.prompt_fs, "D", 0.0, "prompt_fs"),
             ("off", row.off, "x", 0.2, "prompt_fs, seed states off"),
@@ -284,6 +285,7 @@ def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) ->
     panel.set_xlabel("training steps")
     panel.set_ylabel("loss in nats (dots: validation)", fontsize=8)
     panel.set_ylim(bottom=0)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=8)
 
 
@@ -324,7 +326,7 @@ def plot(folders: list[Path], path: Path, seeds: list[int] | None = None) -> Non
         where = {"real": "", "own": ", OWN DATA", "standin": ", ON THE STAND-IN"}[run["source"]]
         scores.set_title(f"{folder.name}{where}, {counted(len(found), 'seed')}", fontsize=10)
         scores.set_xlabel("score at the end, a mark a seed", fontsize=8)
-        scores.legend(fontsize=7, loc="best")
+        scores.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
         draw_losses(losses, {arm: [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl")
                                    for seed in found] for arm in ARMS})
     with atomic_write(path) as file:

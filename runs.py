@@ -1,8 +1,8 @@
 """Runs: what a run is, when two runs may be compared, and how runs are read back from the disk.
 
 A run is one arm of one seed of a round, in a folder such as runs/S20/seed1/prompt_fs. Its run.json says what
-it is (round, seed, arm, settings, base, data), where it ran (code, machine) and how far it is. Nothing that is
-damaged, unfinished or of another kind is ever averaged: every file is checked here, once, when it is read.
+it is (round, seed, arm, settings, base, data), where it ran (code, machine) and how far it is. Nothing that
+is damaged, unfinished or of another kind is ever averaged: every file is checked here when it is read.
 
 A run's questions come from one of three sources, and each source has a folder of its own:
 
@@ -102,7 +102,8 @@ def differences(one, other, name: str = "") -> list[tuple]:
 
 def in_words(differences: list[tuple], here: str, there: str) -> str:
     """The first few differences, as "settings.lr is 1e-05 on disk, 3e-05 in this command"."""
-    texts = [f"{name} is {str(one)[:16]} {here}, {str(other)[:16]} {there}" for name, one, other in differences]
+    texts = [f"{name} is {str(one)[:16]} {here}, {str(other)[:16]} {there}"
+             for name, one, other in differences]
     if len(texts) > 3:
         texts = texts[:3] + [f"and {len(texts) - 3} more"]
     return "; ".join(texts)
@@ -225,8 +226,8 @@ def read_seed(folder: Path) -> Seed:
             evaluations[arm] = by_step[run["steps"]]
     unlike = differences(*(comparable_part(runs[arm], across_seeds=False) for arm in ARMS))
     if unlike:
-        raise Damaged(f"{folder}: its arms cannot be compared: {in_words(unlike, 'in no_fs', 'in prompt_fs')}. "
-                      "Run both alike, with --fresh.")
+        what = in_words(unlike, "in no_fs", "in prompt_fs")
+        raise Damaged(f"{folder}: its arms cannot be compared: {what}. Run both alike, with --fresh.")
     if evaluations["no_fs"].keys() != evaluations["prompt_fs"].keys():
         raise Damaged(f"{folder}: its arms were scored on different questions. Run both again, with --fresh.")
     return Seed(runs, evaluations, read_records(folder / "prompt_fs" / "controls.jsonl", by="control"))
@@ -304,8 +305,8 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> tuple[dict[int, 
             unlike = [("questions", "some", "others")]
         if unlike:
             what = in_words(unlike, f"in seed {first}", f"in seed {seed}")
-            raise ValueError(f"{folder}: seeds {first} and {seed} cannot be compared: {what}. Run both alike, "
-                             "or keep one of them in another --runs DIR.")
+            raise ValueError(f"{folder}: seeds {first} and {seed} cannot be compared: {what}. Run both "
+                             "alike, or keep one of them in another --runs DIR.")
         for arm in ARMS:
             for entry in both.runs[arm]["history"]:
                 moved = differences({key: where[key] for key in ("code", "machine")},

@@ -144,7 +144,8 @@ def validation_examples(recipe: Round) -> list[Example]:
 
 # ---- the base ----------------------------------------------------------------------------------------------
 
-MADE_BY = {"code": str, "machine": dict, "task": str, "facts": int, "channels": int, "seed": int, "sha256": str}
+MADE_BY = {"code": str, "machine": dict, "task": str, "facts": int, "channels": int, "seed": int,
+           "sha256": str}
 
 
 def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundings: dict) -> RWKV7:
@@ -178,11 +179,12 @@ def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundin
 
 
 def fresh_model(channels: int, seed: int) -> RWKV7:
-    """A model with random weights, as small as the questions allow. ValueError for channels that do not fit."""
+    """A model with random weights, as small as the questions allow. ValueError for wrong channels."""
     if channels % HEAD_SIZE or channels == 0:
         raise ValueError(f"channels = {channels}: must be a multiple of {HEAD_SIZE}")
     config = Config(n_layer=LAYERS, n_embd=channels, head_size=HEAD_SIZE, n_ffn=2 * channels,
-                    vocab_size=len(small_tokenizer().tokens), rank_w=RANK, rank_a=RANK, rank_v=RANK, rank_g=RANK)
+                    vocab_size=len(small_tokenizer().tokens),
+                    rank_w=RANK, rank_a=RANK, rank_v=RANK, rank_g=RANK)
     model = RWKV7.init(config, seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
     nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))

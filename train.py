@@ -67,6 +67,9 @@ BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 LARGEST_BASE = 2_000_000_000           # bytes; the 0.1b model has 382 million
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
+# what a checkpoint holds beside the state dicts of model, fs and optimizer
+CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
+              "records": [{"step": int}], "history": [SURROUNDINGS]}
 LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
 CPU_TOKENS_PER_SECOND = 300            # that one core of an AMD EPYC reads with the 0.1b model
 ORDERS = {"context_first": "the question last", "question_first": "the question first",
@@ -113,16 +116,6 @@ def real_material(recipe: Round, base: str | None, assets: Path, offline: bool) 
     return checked_material(Material("real", train, validation, *model, Tokenizer()))
 
 
-def own_material(recipe: Round, data: Path, base: str | None, assets: Path, offline: bool) -> Material:
-    """A user's own questions, as many as there are up to n_train and n_val, and a base."""
-    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
-                 max_answer=recipe.max_answer, end_mark=recipe.end_mark)
-    train = load_own_examples(data, "train", n=recipe.n_train, **rules)
-    validation = load_own_examples(data, "validation", n=recipe.n_val, **rules)
-    model = find_base(base or recipe.base, base is None, assets, offline)
-    return checked_material(Material("own", train, validation, *model, Tokenizer()))
-
-
 def standin_material(recipe: Round, seed: int, assets: Path, device: torch.device) -> Material:
     """The questions and the base of a stand-in run. The base is trained here on first use."""
     base = standin.find_or_make_base(recipe, seed, assets, device, surroundings(device))
@@ -150,8 +143,8 @@ def checked_material(material: Material) -> Material:
     vocabulary = material.base.config.vocab_size
     largest = max(max(example.prompt + example.answer) for example in material.train + material.validation)
     if largest >= vocabulary:
-        raise ValueError(f"{material.base_name} has a vocabulary of {vocabulary} tokens, and the examples hold "
-                         f"token {largest}. Use a base with the RWKV World vocabulary.")
+        raise ValueError(f"{material.base_name} has a vocabulary of {vocabulary} tokens, and the examples "
+                         f"hold token {largest}. Use a base with the RWKV World vocabulary.")
     return material
 
 
@@ -208,11 +201,11 @@ class Experiment:
     device: torch.device
     folder: Path             # runs/R8/seed1
 
-    def identity(self, arm: str) -> dict:
-        """Everything that identifies a run. If any field differs, it is a different run."""
+    def identity(self) -> dict:
+        """Everything that identifies a run but its arm. If any field differs, it is a different run."""
         material = self.material
         cut = sum(loses_question(example, self.recipe.order) for example in material.validation)
-        return {"round": self.recipe.name, "seed": self.seed, "arm": arm, "source": material.source,
+        return {"round": self.recipe.name, "seed": self.seed, "source": material.source,
                 "settings": self.recipe.settings(), "minutes": self.minutes,
                 "base": {"name": material.base_name, "sha256": material.base.sha256},
                 "data": {"train": fingerprint(material.train), "questions_cut": cut,
@@ -220,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices only, and Future-Seed's parameters at learning rates of their own."""
+    """AdamW: weight decay on the matrices only, and learning rates of their own for Future-Seed's parameters."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -246,6 +239,7 @@ class Arm:
         self.check_owner = check_owner    # raises ValueError where the folder is another's by now
         self.folder = experiment.folder / identity["arm"]
         self.name = f"{recipe.name} seed {experiment.seed} {identity['arm']}"
+        # a copy, because the other arm starts from the same tensors
         self.model = copy.deepcopy(experiment.material.base).to(experiment.device)
         self.model.checkpoint_activations = recipe.checkpoint_activations
         self.fs = None
@@ -270,11 +264,12 @@ class Arm:
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(batch), rows):
+            # products in bf16 on a GPU; on a CPU all is fp32, so that a run can be repeated to the bit
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 prompt, lengths, answer, answer_lengths = collate(batch[first:first + rows], device)
                 logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
                 loss = answer_loss(logits, answer, answer_lengths)
-            (loss.sum() / len(batch)).backward()
+            (loss.sum() / len(batch)).backward()    # pieces add up to the gradient of the batch's mean
             losses.append(loss.detach())
         if self.recipe.grad_clip:
             parameters = list(self.model.parameters())
@@ -299,15 +294,15 @@ class Arm:
         return self.step >= self.recipe.steps
 
     def show_progress(self, progress: Progress) -> None:
-        """One line every few seconds. Some batches are easier than others, so the loss is a mean of steps."""
+        """A line every few seconds. Some batches are easier than others, so its loss is a mean over steps."""
         losses = [line["train_loss"] for line in self.metrics if "train_loss" in line][-LOSSES_SHOWN:]
-        text = (f"{self.name}: step {self.step} of {self.recipe.steps}, loss {sum(losses) / len(losses):.3f} "
-                f"(mean of {counted(len(losses), 'step')}), {self.seconds / self.step:.2g} s a step")
-        done = self.step
-        if self.experiment.minutes is not None:
-            text = text.replace(f" of {self.recipe.steps}", "", 1)
-            done = self.seconds
-        progress.tick(done, text, self.seconds)
+        shown = (f"loss {sum(losses) / len(losses):.3f} (mean of {counted(len(losses), 'step')}), "
+                 f"{self.seconds / self.step:.2g} s a step")
+        if self.experiment.minutes is None:
+            text = f"{self.name}: step {self.step} of {self.recipe.steps}, {shown}"
+            progress.tick(self.step, text, self.seconds)
+        else:
+            progress.tick(self.seconds, f"{self.name}: step {self.step}, {shown}", self.seconds)
 
     def check_finite(self, loss: float, what: str) -> None:
         """ValueError unless a loss is a number: nothing that follows could be kept."""
@@ -338,24 +333,28 @@ class Arm:
                 self.controls += self.scored(f"its seed states {what}", control)
 
     def scored(self, what: str, control: str | None = None) -> list[dict]:
-        material, questions = self.experiment.material, len(self.experiment.material.validation)
+        """The records of the whole validation set; `what` says on the terminal what is being scored."""
+        material = self.experiment.material
+        questions = len(material.validation)
         progress = Progress(questions)
+
+        def tick(done: int) -> None:
+            progress.tick(done, f"{self.name}: {what}, {done} of {counted(questions, 'question')}")
+
+        rows = max(1, TOKENS_PER_EVALUATION_BATCH // self.recipe.max_prompt)
         return score(self.model, material.validation, self.fs, device=self.experiment.device, step=self.step,
-                     control=control, batch_size=max(1, TOKENS_PER_EVALUATION_BATCH // self.recipe.max_prompt),
-                     tokenizer=material.tokenizer, max_new=answer_budget(self.recipe, material.source),
-                     tick=lambda done: progress.tick(
-                         done, f"{self.name}: {what}, {done} of {counted(questions, 'question')}"))
+                     control=control, batch_size=rows, tokenizer=material.tokenizer,
+                     max_new=answer_budget(self.recipe, material.source), tick=tick)
 
     # -- the disk
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another run's."""
+        """Go on from the folder's checkpoint, if there is one. ValueError where it is damaged or another's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             with naming_damage(path):
                 saved, _ = read_pt(path)
-                check_shape(saved, {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
-                                    "records": [{"step": int}], "history": [SURROUNDINGS]}, "the checkpoint")
+                check_shape(saved, CHECKPOINT, "the checkpoint")
             check_same_run(path, saved["identity"], self.identity)
             with naming_damage(path):
                 self.take_over(saved)
@@ -462,10 +461,11 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
             material = standin_material(recipe, seed, args.assets, device)
             minutes = None    # its questions are made for its steps
         experiment = Experiment(recipe, seed, material, minutes, device, folder)
-        identities = {arm: experiment.identity(arm) for arm in args.arms}
+        identity = experiment.identity()
+        identities = {arm: identity | {"arm": arm} for arm in args.arms}
         # everything that can be refused is refused before anything is deleted or trained
         replaced = set(seeds_asked) if args.fresh else set()
-        check_comparable(folder.parent, identities[args.arms[0]], args.arms, replaced)
+        check_comparable(folder.parent, identity, args.arms, replaced)
         if args.fresh:
             delete_folders([folder / arm for arm in args.arms])
         states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
@@ -501,10 +501,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--list", action="store_true", help="show rounds, settings and the runs on the disk, and stop")
     option("--seed", "--seeds", dest="seeds", metavar="N", help="one, or 0-9 or 0,3,5; default: the round's")
     option("--arm", choices=(*ARMS, "both"), default="both")
-    option("--data", type=Path, metavar="DIR", help="your own questions: DIR/train.jsonl, DIR/validation.jsonl")
+    option("--data", type=Path, metavar="DIR", help="your own DIR/train.jsonl, DIR/validation.jsonl")
     option("--base", metavar="PATH|init|init:L12-D64", help="a .pth, or fresh; default: the round's own")
-    option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of downloads and stand-in bases")
-    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of downloads (assets)")
+    option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
     option("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
            help="change settings of the round, see --list")
     option("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -559,7 +559,7 @@ def share_of_this_process(jobs: list) -> list:
         numbers[name] = int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if rank >= size:
-        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK must be less than WORLD_SIZE, and counts from 0")
+        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK counts from 0 and must be less than WORLD_SIZE")
     return jobs[rank::size]
 
 
@@ -575,13 +575,12 @@ def make_reproducible(device: torch.device) -> None:
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 
 
-def cpu_time(recipe: Round, arms: list[str]) -> str:
-    """About how long a seed of a real round takes on one core of a CPU, in words.
+def cpu_time(recipe: Round, arms: list[str], tokens: float) -> str:
+    """About how long a seed takes on one core of a CPU with the 0.1b model, in words.
 
-    A training step costs about 3 forward passes, or 4 with activation checkpointing. Real prompts are about
-    1.25 times min_prompt long, and ARC's a seventh of max_prompt.
+    Args: tokens, of a prompt on average. A training step costs about 3 forward passes, or 4 with activation
+    checkpointing.
     """
-    tokens = max(1.25 * recipe.min_prompt, recipe.max_prompt / 7)    # of one prompt
     passes = 4 if recipe.checkpoint_activations else 3
     evaluations = 1 + math.ceil(recipe.steps / recipe.eval_every)
     prompts = len(arms) * (passes * recipe.steps * recipe.batch_size + evaluations * recipe.n_val)
@@ -590,53 +589,70 @@ def cpu_time(recipe: Round, arms: list[str]) -> str:
     return duration(prompts * tokens / CPU_TOKENS_PER_SECOND)
 
 
-def announce(recipe: Round, source: str, why: str, args: argparse.Namespace, published: Round) -> None:
-    """Say what is about to happen, before the first slow thing, and why it is on the stand-in, if it is."""
-    lines = [f"{recipe.name}: {recipe.title}"]
-    if source == "standin":
-        lines += [f"ON THE STAND-IN, in miniature: {why}",
-                  f"a tiny base first learns to answer made-up questions on {recipe.facts} facts, with the "
-                  f"question first; then the arms are trained and scored with {ORDERS[recipe.order]}"]
-    if source == "own":
-        lines.append(f"OWN DATA: the questions of {args.data}, put in HotpotQA's form")
-    if args.device == "cpu" and args.base is None:
-        hint = "; --real runs it" if source == "standin" else ""
-        lines.append(f"the real round takes about {cpu_time(published, args.arms)} a seed on one core of a CPU{hint}")
+def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namespace) -> None:
+    """Say what is about to happen, before the first slow thing. `lines` are about the source."""
     budget = counted(recipe.steps, "step")
     if args.minutes is not None and source != "standin":
         budget = f"{args.minutes:g} minutes"
-    lines += [f"to do: {' and '.join(args.arms)}, {budget}, {counted(recipe.batch_size, 'question')} a step, scored "
-              f"on up to {counted(recipe.n_val, 'question')} every {counted(recipe.eval_every, 'step')}",
-              f"on {args.device}, into {args.runs / FOLDERS[source] / recipe.name}"]
+    lines = [f"{recipe.name}: {recipe.title}", *lines,
+             f"to do: {' and '.join(args.arms)}, {budget}, {counted(recipe.batch_size, 'question')} a step, "
+             f"scored on {counted(recipe.n_val, 'question')} every {counted(recipe.eval_every, 'step')}",
+             f"on {args.device}, into {args.runs / FOLDERS[source] / recipe.name}"]
     say("\n  ".join(lines))
 
 
-def choose_material(real: Round, small: Round, args: argparse.Namespace) -> tuple[str, Round, Material | None]:
+def own_material(recipe: Round, args: argparse.Namespace) -> Material:
+    """A user's own questions, as many as there are up to n_train and n_val, and a base for them."""
+    if recipe.task != "hotpotqa":
+        raise ValueError(f"--data asks in HotpotQA's form, and {recipe.name} is a round of ARC-Challenge. "
+                         "Use a round of HotpotQA, such as S20.")
+    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
+                 max_answer=recipe.max_answer, end_mark=recipe.end_mark)
+    train = load_own_examples(args.data, "train", n=recipe.n_train, **rules)
+    validation = load_own_examples(args.data, "validation", n=recipe.n_val, **rules)
+    recipe = dataclasses.replace(recipe, n_val=len(validation))
+    lines = [f"OWN DATA, {args.data}: {counted(len(train), 'question')} to train on"]
+    if args.device == "cpu" and args.base is None:
+        tokens = sum(len(example.prompt) for example in train) / len(train)
+        lines.append(f"this takes about {cpu_time(recipe, args.arms, tokens)} a seed on one core of a CPU; a "
+                     "smaller --base takes less")
+    announce(recipe, "own", lines, args)
+    base, name = find_base(args.base or recipe.base, args.base is None, args.assets, args.offline)
+    return checked_material(Material("own", train, validation, base, name, Tokenizer()))
+
+
+def choose_material(real: Round, small: Round,
+                    args: argparse.Namespace) -> tuple[str, Round, Material | None]:
     """Where a round's questions come from, the recipe for that source, and the material that its seeds share.
 
     Args: real and small, the recipe on real records and on the stand-in. The material is None on the
     stand-in, where every seed has its own.
     """
     if args.data:
-        if real.task != "hotpotqa":
-            raise ValueError(f"--data asks in HotpotQA's form, and {real.name} is a round of ARC-Challenge. Use "
-                             "a round of HotpotQA, such as S20.")
-        announce(real, "own", "", args, real)
-        return "own", real, own_material(real, args.data, args.base, args.assets, args.offline)
+        return "own", real, own_material(real, args)
+    slow = args.device == "cpu" and args.base is None
+    # real prompts are about 1.25 times min_prompt long, and ARC's a seventh of max_prompt
+    tokens = max(1.25 * real.min_prompt, real.max_prompt / 7)
+    hours = f"the real round takes about {cpu_time(real, args.arms, tokens)} a seed on one core of a CPU"
     why = ""
     if args.standin:
         why = "asked for with --standin"
-    elif args.device == "cpu" and not args.real and args.base is None:
+    elif slow and not args.real:
         why = "there is no GPU"
-    else:
-        announce(real, "real", "", args, real)
+    if not why:
+        announce(real, "real", [hours] if slow else [], args)
         try:
             return "real", real, real_material(real, args.base, args.assets, args.offline)
         except FileNotFoundError as error:
             if args.real or args.base is not None:
                 raise
             why = f"the real data or base cannot be had\n{error}".replace("\n", "\n    ")
-    announce(small, "standin", why, args, real)
+    lines = [f"ON THE STAND-IN, in miniature: {why}",
+             f"a tiny base first learns to answer made-up questions on {small.facts} facts, with the",
+             f"question first; then the arms are trained and scored with {ORDERS[small.order]}"]
+    if slow:
+        lines.append(f"{hours}; --real runs it")
+    announce(small, "standin", lines, args)
     return "standin", small, None
 
 
