@@ -43,7 +43,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -572,16 +572,35 @@ def read_pt(path: str | Path) -> tuple[object, str]:
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         try:
-            if start.startswith(b"PK"):
-                # torch.save stores members as they are. Compressed ones could be gigabytes in a small file
-                unpacked = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
-                if unpacked > path.stat().st_size:
-                    raise ValueError("compressed members")
-            file.seek(0)    # the same open file: at `path` there may be another by now
-            return torch.load(file, map_location="cpu", weights_only=True), sha256
+            too_large = fills_memory(file)
+            file.seek(0)    # the file that was looked at: at `path` there may be another by now
+            content = None
+            if not too_large:
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:    # torch raises half a dozen types here
             raise ValueError(f"{path}: not a PyTorch file of tensors and plain values, or damaged "
                              f"({type(error).__name__})") from error
+    if too_large:
+        raise ValueError(f"{path}: compressed or made to fill the memory; torch.save writes no such file")
+    return content, sha256
+
+
+def fills_memory(file: BinaryIO) -> bool:
+    """Whether a file of torch.save's may unpack to more than its own size."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(2) == b"PK":
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if compressed or sum(member.file_size for member in members) > size:
+            return True
+        pickles = [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+    else:    # the format before torch 1.6
+        file.seek(0)
+        pickles = [file.read()]
+    # the one call that torch.load allows and that makes something large of a number
+    return any(b"bytearray" in pickle for pickle in pickles)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
