@@ -559,6 +559,12 @@ def read_pt(path: str | Path) -> tuple[object, str]:
 
     Raises FileNotFoundError, or ValueError that names file and fault in one line.
     """
+    content, sha256, _ = read_pt_of_size(path)
+    return content, sha256
+
+
+def read_pt_of_size(path: str | Path) -> tuple[object, str, int]:
+    """As read_pt, and the size of the file in bytes."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
@@ -571,6 +577,7 @@ def read_pt(path: str | Path) -> tuple[object, str]:
                 raise ValueError(f"{path}: {reason}")
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
         try:
             too_large = fills_memory(file)
             file.seek(0)    # the file that was looked at: at `path` there may be another by now
@@ -582,7 +589,7 @@ def read_pt(path: str | Path) -> tuple[object, str]:
                              f"({type(error).__name__})") from error
     if too_large:
         raise ValueError(f"{path}: compressed or made to fill the memory; torch.save writes no such file")
-    return content, sha256
+    return content, sha256, size
 
 
 def fills_memory(file: BinaryIO) -> bool:
@@ -608,7 +615,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
 
     Training programs wrap it, as in {"state_dict": ...}: the wrapper is dropped. Raises as read_pt.
     """
-    tensors, sha256 = read_pt(path)
+    tensors, sha256, size = read_pt_of_size(path)
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
@@ -617,8 +624,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
             and x.layout == torch.strided and x.device.type == "cpu" for name, x in tensors.items()):
         raise ValueError(f"{path}: not a state dict of dense float tensors")
     # with a stride of 0, a few bytes are gigabytes; a head tied to the embedding is in the sum twice
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if size > 2 * Path(path).stat().st_size:
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
         raise ValueError(f"{path}: its tensors are larger than the file")
     return tensors, sha256
 
