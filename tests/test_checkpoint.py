@@ -302,11 +302,13 @@ def peak_memory(reset=True) -> int:
 
 @pytest.mark.parametrize("bomb", ["deflated", "overlapping", "bytearray", "bytearray before 1.6"])
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, bomb):
-    """Memory stays near the size of the file.
+    """Memory stays near the size of the file (told by Linux's /proc).
 
     Catches: members that are deflated 1000:1 or share their bytes, and the one call that torch.load allows
     and that makes something large of a number.
     """
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc to tell the memory that a process has used")
     large = saved(tmp_path / "large.pth", {"a": torch.zeros(100_000_000)})
     path = tmp_path / "bomb.pth"
     if bomb == "deflated":
