@@ -111,21 +111,23 @@ class LayerState(NamedTuple):
 
 # ---- the columns of a batch, and the token shift -----------------------------------------------------------
 #
+# Rows of different lengths are padded on the right. An answer may be read in the same pass as its prompt, in
+# columns of its own behind all prompts, because Future-Seed treats the two differently:
+#
 #            T columns          A columns
 #     row 0  p p p p p p p p    a a a        p  a token of the prompt
-#     row 1  p p p . . . . .    a a .        a  a token of the answer, where it is read in the same pass
+#     row 1  p p p . . . . .    a a .        a  a token of the answer
 #     row 2  p p p p p . . .    a . .        .  padding
 #
-# A token is blended with its left neighbour. There is one exception: the left neighbour of a row's first
-# answer token is the row's last prompt token, and not the padding between the two.
-#
-# The wkv state runs through the T columns, past the padding. The state that a pass returns is the one it has
-# there. Answers start from that state and leave no trace in it. Padding behind an answer needs no care: no
-# token comes after it.
+# In both kinds of state a row must be as if it stood alone. For the token shift, a token's left neighbour is
+# the column to its left, with one exception: the left neighbour of a row's first answer token is the row's
+# last prompt token, and not the padding between the two. The wkv state passes the padding unchanged, so that
+# after the T columns it is every row's state at the end of its prompt. That is the state that a pass returns,
+# and the one that the answers start from. Padding behind an answer needs no care: nothing comes after it.
 
 class Columns(NamedTuple):
-    """Which of the P = T + A columns hold what. The last three are None where no row is padded, for then
-    nothing has to be masked or gathered: a small model's time on a GPU goes by the number of operations."""
+    """Which of the P = T + A columns hold what. Where no row is padded, the last three are None: then nothing
+    has to be masked or gathered, and a small model's time on a GPU goes by the number of operations."""
 
     T: int
     A: int
@@ -216,19 +218,19 @@ class TimeMix(nn.Module):
         H, N = self.r_k.shape
         difference, last = token_shift(x, before.time_shift, columns)
         mixes = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])  # (6, 1, 1, C)
-        mixed = torch.addcmul(x, difference, mixes)                      # (6, B, P, C), (3)
+        mixed = torch.addcmul(x, difference, mixes)                                    # (6, B, P, C), (3)
         if torch.is_autocast_enabled(x.device.type):
             # once for all six, where autocast would convert each input of each product by itself
             mixed = mixed.to(torch.get_autocast_dtype(x.device.type))
-        xr, xw, xk, xv, xa, xg = mixed                                   # (B, P, C) each
+        xr, xw, xk, xv, xa, xg = mixed                                                 # (B, P, C) each
 
-        r = self.receptance(xr)                                          # (13)
-        k = self.key(xk)                                                 # (5)
-        v = self.value(xv)                                               # (9)
+        r = self.receptance(xr)                                                        # (13)
+        k = self.key(xk)                                                               # (5)
+        v = self.value(xv)                                                             # (9)
         # (11, 12): the decay w is exp(-exp(-0.5) sigmoid(.)), in [0.545, 1); the operator takes its logarithm
         log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + torch.tanh(xw @ self.w1) @ self.w2)
-        learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)    # (4)
-        gate = torch.sigmoid(xg @ self.g1) @ self.g2                         # (14)
+        learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)              # (4)
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2                                   # (14)
         if self.layer == 0:
             v_first = v
         else:
@@ -236,7 +238,7 @@ class TimeMix(nn.Module):
             v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
 
         removal_key = F.normalize((k * self.k_k).view(B, P, H, N), dim=-1, eps=1e-12)  # (6, 15)
-        k = k * (1 + (learning_rate - 1) * self.k_a)                         # (7)
+        k = k * (1 + (learning_rate - 1) * self.k_a)                                   # (7)
         if columns.padding is not None:
             # decay 1, nothing removed, nothing written: the state passes a padding position untouched
             log_w = log_w.masked_fill(columns.padding, 0)
@@ -244,26 +246,27 @@ class TimeMix(nn.Module):
             removal_key = removal_key.masked_fill(columns.padding.unsqueeze(-1), 0)
 
         def heads(z):
-            # under autocast the adapters' fp32 biases have made some of these fp32
+            # under autocast, sums with fp32 parameters have made some of these fp32: back to the type of r
             return z.to(r.dtype).view(B, P, H, N)
 
-        r, k, v = heads(r), heads(k), heads(v)                               # (B, P, H, N) each
-        a = heads(-removal_key)                                              # (B, P, H, N)
-        b = heads(removal_key * learning_rate.view(B, P, H, N))              # (B, P, H, N)
+        r, k, v = heads(r), heads(k), heads(v)                                         # (B, P, H, N) each
+        a = heads(-removal_key)                                                        # (B, P, H, N)
+        b = heads(removal_key * learning_rate.view(B, P, H, N))                        # (B, P, H, N)
         log_w = log_w.view(B, P, H, N)    # stays fp32: the operator sums it over many tokens
-        inputs = (r, log_w, k, v, a, b)
+        operands = (r, log_w, k, v, a, b)
+        # the recurrence (16, 17), and what r reads (21); the state is (B, H, N, N)
         if columns.A == 0:
-            y, state = wkv(*inputs, before.wkv)    # (B, P, H, N), (B, H, N, N); (16, 17) and r wkv^T of (21)
+            y, state = wkv(*operands, before.wkv)                                      # (B, P, H, N)
         else:
-            pieces = [z.split([columns.T, columns.A], dim=1) for z in inputs]
+            pieces = [z.split([columns.T, columns.A], dim=1) for z in operands]
             prompt = [piece[0] for piece in pieces]
             answer = [piece[1] for piece in pieces]
-            y, state = wkv(*prompt, before.wkv)
-            y_answer, _ = wkv(*answer, state)    # past the answer no state is wanted
-            y = torch.cat([y, y_answer], dim=1)
-        y = self.ln_x(y.reshape(B * P, C)).view(B, P, C)                     # (21)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v    # (B, P, H, N), (20)
-        output = self.output((y + bonus.view(B, P, C)) * gate)                # (22)
+            y, state = wkv(*prompt, before.wkv)                                        # (B, T, H, N)
+            y_answer, _ = wkv(*answer, state)                                          # (B, A, H, N)
+            y = torch.cat([y, y_answer], dim=1)                                        # (B, P, H, N)
+        y = self.ln_x(y.reshape(B * P, C)).view(B, P, C)                               # (21)
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v                       # (B, P, H, N), (20)
+        output = self.output((y + bonus.view(B, P, C)) * gate)                         # (22)
         return output, v_first, last, state
 
 
@@ -345,9 +348,9 @@ class RWKV7(nn.Module):
         if state is None:
             state = self.empty_state(len(tokens))
         if answer is not None:
-            tokens = torch.cat([tokens, answer], dim=1)    # (B, P)
+            tokens = torch.cat([tokens, answer], dim=1)                                # (B, P)
 
-        x = self.blocks[0].ln0(self.emb(tokens))    # (B, P, C)
+        x = self.blocks[0].ln0(self.emb(tokens))                                       # (B, P, C)
         v_first, new_state = None, []
         for layer, block in enumerate(self.blocks):
             before = state[layer]
@@ -389,7 +392,7 @@ class RWKV7(nn.Module):
             if new.shape[1] > 0:
                 hidden, state = self(new[:, -1:], state)
                 logits = self.logits(hidden[:, -1])
-            token = logits.argmax(dim=-1)    # (B,)
+            token = logits.argmax(dim=-1)                                              # (B,)
             new = torch.cat([new, token.unsqueeze(1)], dim=1)
             if len(ends) > 0:    # to ask whether all have stopped is to wait for a GPU
                 stopped |= torch.isin(token, ends)
