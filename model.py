@@ -109,6 +109,9 @@ class LayerState(NamedTuple):
     channel_shift: Tensor    # (B, C), the channel mix's input at the last token
 
 
+torch.serialization.add_safe_globals([LayerState])    # torch.load reads back a state that torch.save wrote
+
+
 # ---- the columns of a batch, and the token shift -----------------------------------------------------------
 #
 # Rows of different lengths are padded on the right. An answer may be read in the same pass as its prompt, in
@@ -339,8 +342,9 @@ class RWKV7(nn.Module):
             answer: (B, A) int64, right-padded tokens that follow each row's own, to be read in the same pass,
                 as a second call would from the returned state; or None.
 
-        Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C); state, a list of LayerState, after each
-            row's last token and before its answer, of which neither it nor a seed state knows anything.
+        Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C) with an answer; and the state, a list of
+            LayerState, after each row's last token and before its answer. No answer token has a part in it,
+            or in a seed state.
         Raises: ValueError, in one line, where the arguments do not fit each other or this model.
         """
         check_fit(self.config, tokens, state, lengths, seed_state, answer)
@@ -348,9 +352,9 @@ class RWKV7(nn.Module):
         if state is None:
             state = self.empty_state(len(tokens))
         if answer is not None:
-            tokens = torch.cat([tokens, answer], dim=1)                                # (B, P)
+            tokens = torch.cat([tokens, answer], dim=1)    # (B, P)
 
-        x = self.blocks[0].ln0(self.emb(tokens))                                       # (B, P, C)
+        x = self.blocks[0].ln0(self.emb(tokens))    # (B, P, C)
         v_first, new_state = None, []
         for layer, block in enumerate(self.blocks):
             before = state[layer]
@@ -359,9 +363,9 @@ class RWKV7(nn.Module):
                     x_last = x[:, columns.T - 1]
                 else:
                     x_last = x[columns.rows, columns.lengths - 1]
-                seed = seed_state(layer, new_state[-1].wkv, x_last)
-                if seed is not None:
-                    before = before._replace(wkv=seed)
+                start = seed_state(layer, new_state[-1].wkv, x_last)    # (B, H, N, N)
+                if start is not None:
+                    before = before._replace(wkv=start)
             inputs = (x, v_first, before, columns)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, v_first, after = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -371,9 +375,9 @@ class RWKV7(nn.Module):
         return self.ln_out(x), new_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`model.head`, outside autocast: hidden (..., C) -> (..., V) in the type of the weights.
+        """`model.head` outside autocast: hidden (..., C) -> (..., V) in the type of the weights.
 
-        In bf16 the two likeliest of a question's options tie exactly in one answer in a hundred.
+        Rounded to bf16, the two likeliest options of a question tie exactly in one answer of a hundred.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype))
@@ -392,7 +396,7 @@ class RWKV7(nn.Module):
             if new.shape[1] > 0:
                 hidden, state = self(new[:, -1:], state)
                 logits = self.logits(hidden[:, -1])
-            token = logits.argmax(dim=-1)                                              # (B,)
+            token = logits.argmax(dim=-1)    # (B,)
             new = torch.cat([new, token.unsqueeze(1)], dim=1)
             if len(ends) > 0:    # to ask whether all have stopped is to wait for a GPU
                 stopped |= torch.isin(token, ends)
@@ -430,7 +434,7 @@ class RWKV7(nn.Module):
         return model
 
     def save(self, path: str | Path) -> None:
-        """Write an official-format .pth of fp32 CPU tensors, whole or not at all: `load` gives its bits.
+        """Write an official-format .pth of CPU tensors, whole or not at all. `load` gives the same bits.
 
         Raises OSError, which names the path, where it cannot be written.
         """
@@ -503,8 +507,9 @@ def check_fit(config: Config, tokens, state, lengths, seed_state, answer) -> Non
 
     Shapes cost nothing to look at. Values are looked at on the CPU only: see columns_of.
     """
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be (B, T) with at least one token, not {tuple(tokens.shape)}")
+    if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens must be (B, T) integers, with at least one token, not {tuple(tokens.shape)} "
+                         f"of {tokens.dtype}")
     B, T = tokens.shape
     if answer is not None and (answer.ndim != 2 or len(answer) != B):
         raise ValueError(f"answer must be ({B}, A), a row for each row of tokens, not {tuple(answer.shape)}")

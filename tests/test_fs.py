@@ -224,6 +224,12 @@ def test_bad_settings(arguments, word):
     assert "\n" not in str(caught.value)
 
 
+def test_a_prompt_without_a_token_is_refused():
+    """Catches: an answer's first token predicted from padding."""
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        answer_logits(MODELS[0], None, random_tokens(1, 2, 5), torch.tensor([5, 0]), random_tokens(2, 2, 3))
+
+
 @pytest.mark.parametrize("n_layer, layer_start, told", [
     (6, 6, True), (7, 6, False), (4, 9, True), (4, 4, True), (4, 3, False), (2, 0, False), (1, 0, True),
 ])

@@ -224,7 +224,8 @@ def test_states_given_and_returned_are_not_written_to():
 @pytest.mark.parametrize("lengths", [None, [200, 200], [200, 150]])
 @pytest.mark.parametrize("answer", [None, 3])
 def test_a_state_holds_the_state_and_nothing_else(lengths, answer):
-    """A state of 2 rows is L (2 B C + B H N^2) numbers, whatever the prompt's length, in memory and saved.
+    """A state is L (2 B C + B H N^2) numbers, whatever the prompt's length, in memory and saved; and what was
+    saved is read back.
 
     Catches: a view of the whole prompt, which a state keeps alive and torch.save writes.
     """
@@ -240,6 +241,8 @@ def test_a_state_holds_the_state_and_nothing_else(lengths, answer):
     file = io.BytesIO()
     torch.save(state, file)
     assert len(file.getvalue()) < 4 * numbers + 8000    # the zip's headers
+    file.seek(0)
+    assert same_bits(torch.load(file), state)
 
 
 # ---- what does not fit is refused --------------------------------------------------------------------------
@@ -253,6 +256,7 @@ def state_of(n_layer=3, rows=2, n_embd=16):
     (dict(tokens=torch.zeros(5, dtype=torch.long)), "tokens must be"),
     (dict(tokens=torch.zeros(2, 0, dtype=torch.long)), "tokens must be"),
     (dict(tokens=torch.zeros(1, 2, 3, dtype=torch.long)), "tokens must be"),
+    (dict(tokens=torch.zeros(2, 3)), "tokens must be"),
     (dict(lengths=torch.tensor([8, 9])), "0 to 8, not 8 to 9"),
     (dict(lengths=torch.tensor([9, 9]), answer=torch.zeros(2, 3, dtype=torch.long)), "0 to 8, not 9 to 9"),
     (dict(lengths=torch.tensor([-1, 3])), "0 to 8, not -1 to 3"),
