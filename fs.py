@@ -152,12 +152,12 @@ def answer_logits(model, fs, prompt, prompt_lengths, answer):
         logits: (B, T, V) would be a gigabyte at T = 4096.
     """
     B, T = prompt.shape
+    if prompt_lengths is not None and prompt_lengths.device.type == "cpu" and prompt_lengths.min() < 1:
+        raise ValueError("a prompt has no token: nothing predicts its answer's first token")
     given = None
     if answer.shape[1] > 1:
         given = answer[:, :-1]    # the last token is only predicted
     hidden, state = model(prompt, lengths=prompt_lengths, seed_state=fs, answer=given)
-    if prompt_lengths is not None and prompt_lengths.device.type == "cpu" and prompt_lengths.min() < 1:
-        raise ValueError("a prompt has no token: nothing predicts its answer's first token")
     if prompt_lengths is None:
         before_first = hidden[:, T - 1 : T]    # (B, 1, C), predicts the first token
     else:

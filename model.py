@@ -508,8 +508,8 @@ def check_fit(config: Config, tokens, state, lengths, seed_state, answer) -> Non
     Shapes cost nothing to look at. Values are looked at on the CPU only: see columns_of.
     """
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens must be (B, T) integers, with at least one token, not {tuple(tokens.shape)} "
-                         f"of {tokens.dtype}")
+        raise ValueError("tokens must be (B, T) integers, with at least one token a row, not "
+                         f"{tuple(tokens.shape)} of {tokens.dtype}")
     B, T = tokens.shape
     if answer is not None and (answer.ndim != 2 or len(answer) != B):
         raise ValueError(f"answer must be ({B}, A), a row for each row of tokens, not {tuple(answer.shape)}")
