@@ -136,6 +136,10 @@ class Driver:
 
     cuInit = cuDeviceGet = cuModuleGetGlobal_v2 = cuFuncSetAttribute = lambda self, *arguments: 0
 
+    def cuGetErrorName(self, status, name):
+        name._obj.value = b"CUDA_ERROR_STUB"
+        return 0
+
     def cuDevicePrimaryCtxRetain(self, context, device):
         context._obj.value = 77
         return 0
