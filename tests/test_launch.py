@@ -556,7 +556,7 @@ def cubins(tmp_path_factory):
 
 @pytest.fixture
 def h100(monkeypatch, libcuda, cubins):
-    """h100(N, bf16) makes the fake driver ready for these kernels, and returns a list of what is launched from
+    """h100(N, bf16) makes the fake driver ready for these kernels and returns a list of what is launched from
     then on, (kernel, grid, shared) each."""
     stub = stub_gpu(monkeypatch)
     stream = ctypes.c_uint64(torch.cuda.current_stream(None).cuda_stream)
