@@ -46,13 +46,11 @@ from fs import FutureSeed, answer_logits, answer_loss, prefill
 from model import RWKV7, read_tensors
 from report import analyse, plot, text_of
 from rounds import Round, expand, load_rounds, seeds_of
-from runs import FOLDERS, METRICS, RUN, check_shape, naming_damage, recipe_of, seeds_on_disk
+from runs import CONTROLS, FOLDERS, METRICS, RUN, check_shape, naming_damage, recipe_of, seeds_on_disk
 from standin import small_tokenizer
 from stats import RULE
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-# prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
-CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
 SPARE_TOKENS = 8    # beyond max_answer: a few golds are longer, and a model may begin with an article
 
 
@@ -134,7 +132,7 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer, max_n
 
 
 def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[list[int]] | None:
-    """The prompts that seed states are made from under a control of CONTROLS; None for the examples' own."""
+    """The prompts that seed states are made from under a control of runs.CONTROLS; None for the examples' own."""
     if control not in ("other", "shuffled"):
         return None
     prompts = [list(example.prompt) for example in examples]
@@ -163,7 +161,7 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
           tick: Callable[[int], None] = lambda done: None) -> list[dict]:
     """One evaluation: a record for every example, in the order of the examples, whatever the batches.
 
-    Args: model, on `device`; fs, or None; batch_size, examples at once; step and control, one of CONTROLS,
+    Args: model, on `device`; fs, or None; batch_size, examples at once; step and control, one of runs.CONTROLS,
         written into the records; max_new, tokens that an answer may have, see answer_budget; tick, called
         after every batch with the number of examples done.
     Returns: dicts with step, id, tokens of the answer, correct (of these), loss (nats), exact and f1 (EM and

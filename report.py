@@ -18,12 +18,11 @@ import numpy as np
 from data import Example
 from files import atomic_write, counted, read_lines
 from rounds import Round, load_rounds
-from runs import ARMS, METRICS, check_shape, naming_damage, read_round, recipe_of
+from runs import ARMS, CONTROLS, METRICS, check_shape, naming_damage, read_round, recipe_of
 from standin import chance, small_tokenizer
 from stats import (EFFECT, JUMP, MIN_SEEDS, chance_to_gain, holm, judge, mcnemar, sign_test, signs)
 
 SHOWN = "S20"    # the round in which Future-Seed is seen at work
-OFF = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
 COLOURS = {"no_fs": "tab:gray", "prompt_fs": "tab:orange", "off": "tab:blue"}
 
 
@@ -75,10 +74,9 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
 
 
 def controls_of(seeds) -> dict[str, list[float]]:
-    """Accuracy of prompt_fs under each control, by seed, for the controls that every seed has."""
+    """Accuracy of prompt_fs under each control, by seed."""
     return {control: [float(np.mean([scores["acc"] for scores in seed.controls[control].values()]))
-                      for seed in seeds]
-            for control in OFF if all(control in seed.controls for seed in seeds)}
+                      for seed in seeds] for control in CONTROLS}
 
 
 def labels_of(run: dict, published: Round) -> list[str]:
@@ -154,7 +152,7 @@ def text_of_round(result: dict, p_in_words: str) -> str:
                      f"{seeds}, prompt_fs {jumped['prompt_fs']} of {seeds}{p}")
     for control, values in result["controls"].items():
         numbers = " ".join(f"{value:.4f}" for value in values)
-        lines.append(f"accuracy of prompt_fs, its seed states {OFF[control]}: {numbers}")
+        lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS[control]}: {numbers}")
     if result["log"]:
         where = " (on real records)" if standin else ""
         lines.append(f"the log{where}: {text_of_log(result['log'])}")

@@ -24,6 +24,8 @@ from rounds import Round, checked
 
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
+# prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
+CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
 FOLDERS = {"real": "", "own": "own", "standin": "standin"}
 NO_MEMORY = "DefaultCPUAllocator"        # in a RuntimeError: torch has no class for memory that a CPU lacks
 
@@ -228,9 +230,15 @@ def read_seed(folder: Path) -> Seed:
     if unlike:
         what = in_words(unlike, "in no_fs", "in prompt_fs")
         raise Damaged(f"{folder}: its arms cannot be compared: {what}. Run both alike, with --fresh.")
-    if evaluations["no_fs"].keys() != evaluations["prompt_fs"].keys():
-        raise Damaged(f"{folder}: its arms were scored on different questions. Run both again, with --fresh.")
-    return Seed(runs, evaluations, read_records(folder / "prompt_fs" / "controls.jsonl", by="control"))
+    path = folder / "prompt_fs" / "controls.jsonl"
+    controls = read_records(path, by="control")
+    if controls.keys() != CONTROLS.keys():
+        raise Damaged(f"{path} should hold the controls {', '.join(CONTROLS)}. {START_OVER}")
+    questions = [part.keys() for part in (*evaluations.values(), *controls.values())]
+    if any(ids != questions[0] for ids in questions) or len(questions[0]) < 2:
+        raise Damaged(f"{folder}: its arms were scored on different questions, or on one alone. Run both "
+                      "again, with --fresh.")
+    return Seed(runs, evaluations, controls)
 
 
 def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bool:

@@ -53,13 +53,13 @@ import torch
 import standin
 from data import (Example, batches, collate, download, fingerprint, load_examples, load_own_examples,
                   loses_question)
-from eval import CONTROLS, answer_budget, means_of, score
+from eval import answer_budget, means_of, score
 from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config, read_pt, write_pt
 from report import explain, log_numbers, text_of_log, write_report
 from rounds import Round, expand, load_rounds, seeds_of, setting_lines, with_settings
-from runs import (ARMS, FOLDERS, NO_MEMORY, SURROUNDINGS, check_comparable, check_same_run, check_shape,
+from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, SURROUNDINGS, check_comparable, check_same_run, check_shape,
                   copy_identical_no_fs, differences, in_words, naming_damage, read_run, read_seed, status_of)
 from tokenizer import Tokenizer
 
