@@ -12,9 +12,9 @@ from typing import Callable, Sequence
 import numpy as np
 import torch
 
-from eval import CONTROLS
+from eval import means_of
 from rounds import load_rounds
-from runs import ARMS, FOLDERS
+from runs import ARMS, CONTROLS, FOLDERS
 
 HERE = {"code": "c0de", "machine": {"cpu": "AVX2", "threads": 1, "torch": "2.13.0"}}
 REAL, STANDIN = load_rounds()
@@ -74,19 +74,12 @@ def write_runs(runs: Path, name: str = "R8", seeds: Sequence[int] = (0, 1, 2), n
             place = folder / f"seed{seed}" / arm
             place.mkdir(parents=True)
             own_shift = shift if arm == "prompt_fs" else 0.0
-            losses = rng.gamma(2, size=last_step)
-            metrics = [{"step": step, "train_loss": float(loss)} for step, loss in enumerate(losses, start=1)]
-            records = []
-            for step in dict.fromkeys((0, last_step)):
-                scores = evaluation(own_shift, step=step)
-                records += scores
-                means = {"acc": float(np.mean([line["correct"] / tokens for line in scores])),
-                         "loss": float(np.mean([line["loss"] for line in scores])),
-                         "EM": float(np.mean([line["exact"] for line in scores])),
-                         "F1": float(np.mean([line["f1"] for line in scores]))}
-                metrics.insert(step and len(metrics), {"step": step, **means})
-            write_lines(place / "records.jsonl", records)
-            write_lines(place / "metrics.jsonl", metrics)
+            first, last = (evaluation(own_shift, step=step) for step in (0, last_step))
+            losses = rng.gamma(2, size=last_step).tolist()
+            training = [{"step": step, "train_loss": loss} for step, loss in enumerate(losses, start=1)]
+            write_lines(place / "records.jsonl", first + last)
+            write_lines(place / "metrics.jsonl", [{"step": 0, **means_of(first)}, *training,
+                                                  {"step": last_step, **means_of(last)}])
             save(model, place / "model.pth")
             if arm == "prompt_fs":
                 write_lines(place / "controls.jsonl", [
