@@ -378,7 +378,7 @@ class Arm:
         steps = [line["step"] for line in losses]
         if len(steps) != saved["step"] or steps != list(range(1, len(steps) + 1)):
             raise ValueError("its step and its metrics do not belong together")
-        if not saved["history"] or not 0 <= saved["seconds"] < float("inf"):
+        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
             raise ValueError("history or seconds has a value that cannot be")
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
