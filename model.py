@@ -383,25 +383,21 @@ class RWKV7(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype))
 
     @torch.inference_mode()
-    def generate(self, logits, state, max_new, stop=()) -> Tensor:
+    def generate(self, logits, state, max_new, done=None) -> Tensor:
         """Continue every row, greedily, from the state in which its prompt ended.
 
-        Args: logits (B, V) of the first new token; state, of `forward` or fs.prefill; stop, token ids:
-            decoding ends once every row has written one. Returns: (B, at most max_new) int64.
+        Args: logits (B, V) of the first new token; state, of `forward` or fs.prefill; done, called with what
+            is written so far, (B, n), after every token: decoding ends where it returns True.
+        Returns: (B, at most max_new) int64.
         """
         new = logits.new_zeros((len(logits), 0), dtype=torch.long)
-        stopped = logits.new_zeros(len(logits), dtype=torch.bool)
-        ends = torch.tensor(stop, dtype=torch.long, device=logits.device)
         while new.shape[1] < max_new:
             if new.shape[1] > 0:
                 hidden, state = self(new[:, -1:], state)
                 logits = self.logits(hidden[:, -1])
-            token = logits.argmax(dim=-1)    # (B,)
-            new = torch.cat([new, token.unsqueeze(1)], dim=1)
-            if len(ends) > 0:    # to ask whether all have stopped is to wait for a GPU
-                stopped |= torch.isin(token, ends)
-                if stopped.all():
-                    break
+            new = torch.cat([new, logits.argmax(dim=-1, keepdim=True)], dim=1)
+            if done is not None and done(new):
+                break
         return new
 
     @classmethod

@@ -389,15 +389,18 @@ def test_greedy_decoding_reads_on_token_by_token(rows, max_new):
         logits = model.head(hidden[:, -1])
 
 
-def test_decoding_stops_when_every_row_has():
-    """Catches: rows that end the others' text, and a stop that is never seen."""
+def test_decoding_ends_when_its_caller_says_so():
+    """Catches: an end that is asked for too early or too late, and one that changes what was written."""
     model = random_model(20).float()
     logits, state = prompt_end(model)
-    greedy = model.generate(logits, state, 8)
-    stopped = model.generate(logits, state, 8, stop=tuple(set(greedy[:, 2].tolist())))
-    assert stopped.shape[1] <= 3 and (stopped == greedy[:, : stopped.shape[1]]).all()
-    only_first = next(token for token in greedy[0].tolist() if token not in greedy[1:])
-    assert model.generate(logits, state, 8, stop=(only_first, 51)).shape == (3, 8)
+    greedy, seen = model.generate(logits, state, 8), []
+
+    def done(written):
+        seen.append(written.shape[1])
+        return written.shape[1] == 3
+
+    stopped = model.generate(logits, state, 8, done=done)
+    assert seen == [1, 2, 3] and torch.equal(stopped, greedy[:, :3])
 
 
 # ---- the published initialisation and sizes ----------------------------------------------------------------
