@@ -221,7 +221,7 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     needed = max(tokenizer.tokens) + 1
     if model.config.vocab_size < needed:
         raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the "
-                         f"tokenizer needs {needed}; ask a model that was trained with RWKV World's tokenizer")
+                         f"tokenizer needs {needed}; ask a model that was trained with this tokenizer")
     cue = answer_cue(recipe.task, recipe.arc_border)    # "\n\nAnswer:", and a space where the run had one
     if question.rstrip().endswith("Answer:"):
         prompt = question.rstrip().removesuffix("Answer:") + cue.lstrip()

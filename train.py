@@ -213,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
