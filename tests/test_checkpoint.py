@@ -233,7 +233,7 @@ SAFETENSORS = struct.pack("<Q", 32) + b'{"emb.weight":{"dtype":"F32","shape":[11
     (b"GGUF\x03", "a GGUF file"), (SAFETENSORS + bytes(352), "a safetensors file"),
     (b"PK\x03\x04", "damaged"), (b"\x80\x02", "damaged"),
     ([], "state dict"), (torch.zeros(2), "state dict"), (None, "state dict"), ({"a": 1}, "state dict"),
-    ({1: torch.zeros(2)}, "state dict"), ({"model": {"emb.weight": 5}}, "state dict"),
+    ({1: torch.zeros(2)}, "state dict"), ({"a\nb": 1}, "'a\\nb' is no dense float tensor"), ({"model": {"emb.weight": 5}}, "state dict"),
     ({}, "no emb.weight"), ({"a": torch.zeros(2)}, "no emb.weight"),
     ({"emb.weight": torch.zeros(2)}, "values"),
     ({"x": torch.zeros(2), "model.layers.0.attn.x_r": torch.zeros(2)}, "Hugging Face"),
@@ -242,7 +242,7 @@ SAFETENSORS = struct.pack("<Q", 32) + b'{"emb.weight":{"dtype":"F32","shape":[11
     ({"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.time_maa_x": torch.zeros(2)}, "RWKV-6"),
     ({"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.time_mix_k": torch.zeros(2)}, "RWKV-4 or 5"),
     (STATES, "trained initial states (time_state), not a model"),
-    (tiny_weights() | STATES, "a model with trained initial states (blocks.0.att.time_state)"),
+    (tiny_weights() | STATES, "a model with trained initial states (time_state)"),
     (tiny_weights() | {"blocks.0.ffn.s_emb.weight": torch.zeros(11, 8)}, "DeepEmbed"),
 ], ids=lambda value: repr(value)[:40])
 def test_file_of_another_kind_is_named_as_what_it_is(tmp_path, content, words):
