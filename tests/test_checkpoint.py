@@ -233,7 +233,8 @@ SAFETENSORS = struct.pack("<Q", 32) + b'{"emb.weight":{"dtype":"F32","shape":[11
     (b"GGUF\x03", "a GGUF file"), (SAFETENSORS + bytes(352), "a safetensors file"),
     (b"PK\x03\x04", "damaged"), (b"\x80\x02", "damaged"),
     ([], "state dict"), (torch.zeros(2), "state dict"), (None, "state dict"), ({"a": 1}, "state dict"),
-    ({1: torch.zeros(2)}, "state dict"), ({"a\nb": 1}, "'a\\nb' is no dense float tensor"), ({"model": {"emb.weight": 5}}, "state dict"),
+    ({1: torch.zeros(2)}, "state dict"), ({"a\nb": 1}, "'a\\nb' is no dense float tensor"),
+    ({"model": {"emb.weight": 5}}, "state dict"),
     ({}, "no emb.weight"), ({"a": torch.zeros(2)}, "no emb.weight"),
     ({"emb.weight": torch.zeros(2)}, "values"),
     ({"x": torch.zeros(2), "model.layers.0.attn.x_r": torch.zeros(2)}, "Hugging Face"),
@@ -301,7 +302,8 @@ def peak_memory(reset=True) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-@pytest.mark.parametrize("bomb", ["deflated", "hardly deflated", "overlapping", "bytearray", "bytearray before 1.6"])
+@pytest.mark.parametrize("bomb", ["deflated", "hardly deflated", "overlapping", "bytearray",
+                                  "bytearray before 1.6"])
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, bomb):
     """Memory stays near the size of the file (told by Linux's /proc).
 
