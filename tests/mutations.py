@@ -44,6 +44,8 @@ class Fault(NamedTuple):
 
 
 LAWS = ("test_operator_laws.py",)
+MODEL = ("test_model.py",)
+FUTURE_SEED = ("test_fs.py",)
 
 FAULTS = [
     # ---- the operator ----
@@ -68,6 +70,45 @@ FAULTS = [
           (*LAWS, "test_wkv_kernel.py")),
     Fault("chunked kernel: a mask that is off by one", "wkv_kernel.cu",
           "if (column_of(i) + strict > row_of(i))", "if (column_of(i) > row_of(i))", LAWS),
+
+    # ---- the model ----
+    Fault("the first answer token's neighbour is padding", "model.py",
+          "extended[:, columns.T] = last", "pass", MODEL),
+    Fault("the decay of padding is not masked", "model.py",
+          "log_w = log_w.masked_fill(columns.padding, 0)", "pass", MODEL),
+    Fault("a padding mask that is off by one", "model.py",
+          "(column >= lengths.view(B, 1, 1))", "(column > lengths.view(B, 1, 1))", MODEL),
+    Fault("one padded row is read through its padding", "model.py",
+          'if lengths is not None and lengths.device.type == "cpu" and (lengths == T).all():',
+          "if lengths is not None and len(lengths) == 1:", FUTURE_SEED),
+    Fault("the value residual the other way round", "model.py",
+          "v = v + (v_first - v) * torch.sigmoid", "v = v_first + (v - v_first) * torch.sigmoid", MODEL),
+    Fault("the answer leaves a trace in the state", "model.py",
+          "y_answer, _ = wkv(*answer, state)", "y_answer, state = wkv(*answer, state)", FUTURE_SEED),
+    Fault("a state that holds the whole prompt", "model.py",
+          "last = extended[:, columns.T].clone()", "last = extended[:, columns.T]", MODEL),
+    Fault("a checkpoint that is renamed before it is on the disk", "model.py",
+          "os.fsync(handle)", "pass", ("test_checkpoint.py",)),
+
+    # ---- Future-Seed ----
+    Fault("detach is dropped", "fs.py", "base = base.detach()", "pass", FUTURE_SEED),
+    Fault("the clip comes before the gate", "fs.py",
+          """        seed_state = self.gate_of(layer, x_last) * base
+        if self.clip > 0:
+            seed_state = seed_state.clamp(-self.clip, self.clip)
+""", """        if self.clip > 0:
+            base = base.clamp(-self.clip, self.clip)
+        seed_state = self.gate_of(layer, x_last) * base
+""", FUTURE_SEED),
+    Fault("one norm for all heads", "fs.py",
+          "mean(dim=(-2, -1), keepdim=True)", "mean(dim=(-3, -2, -1), keepdim=True)", FUTURE_SEED),
+    Fault("the first seeded layer off by one", "fs.py",
+          "if layer < self.layer_start:", "if layer < self.layer_start - 1:", FUTURE_SEED),
+    Fault("the seed state comes from the wrong layer", "model.py",
+          "seed_state(layer, new_state[-1].wkv, x_last)", "seed_state(layer, new_state[0].wkv, x_last)",
+          FUTURE_SEED),
+    Fault("answers start from the seed state", "model.py",
+          "y_answer, _ = wkv(*answer, state)", "y_answer, _ = wkv(*answer, before.wkv)", FUTURE_SEED),
 
     # ---- statistics ----
     Fault("the rank of the median's interval off by one", "stats.py",
