@@ -86,7 +86,7 @@ def autocast(device: str):
 
 def loss_of(model: RWKV7, fs: FutureSeed, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """Of the answer to the prompt, as in the rounds; a single row has no padding, so no lengths."""
-    hidden, _ = model(prompt, seed=fs, answer=answer[:, :-1])
+    hidden, _ = model(prompt, seed_state=fs, answer=answer[:, :-1])
     logits = model.head(hidden[:, prompt.shape[1] - 1 :])
     loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
     return loss[0] + loss[1:].mean()

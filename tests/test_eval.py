@@ -19,10 +19,10 @@ import eval as ruler
 import train
 from conftest import ROOT, refusal, relative_error
 from data import Example, collate, pad
-from eval import (CONTROLS, f1_score, log_numbers, main, means_of, normalise, score, seed_prompts_of,
+from eval import (CONTROLS, borrowed, f1_score, log_numbers, main, means_of, normalise, score, seed_prompts_of,
                   text_of_log)
 from files import ARMS, write_json
-from fs import FutureSeed, answer_logits, answer_loss, borrowed, prefill
+from fs import FutureSeed, answer_logits, answer_loss, prefill
 from model import RWKV7, Config
 from rounds import load_rounds
 from standin import small_tokenizer
