@@ -1,12 +1,12 @@
 """Would the tests notice? Small faults are planted in copies of the code, and the tests have to catch each.
 
-    python tests/mutations.py                  prints a Markdown table of all faults; several minutes on one core
+    python tests/mutations.py                  prints a Markdown table of all faults, in minutes on one core
     python tests/mutations.py mask decay       of the faults whose words contain "mask" or "decay"
-    python tests/mutations.py --all            names every test that fails, not the first alone; this takes longer
+    python tests/mutations.py --all            names every test that fails, not only the first; takes longer
 
-A fault is a piece of text that occurs exactly once in a file, what is written in its place, and the test files
-that have to notice. The code as it is must pass them, so that is tried first. The command ends with 1 if a fault
-goes unnoticed, and with 2 if a fault no longer fits the code or the tests do not run.
+A fault is a piece of text that occurs exactly once in a file, what is written in its place, and the test
+files that have to notice. These must pass on the code as it is, so that is tried first. The command ends with
+1 if a fault goes unnoticed, and with 2 if a fault no longer fits the code or the tests do not run.
 
 To add a fault, add a row to FAULTS. pytest does not collect this file.
 """
@@ -60,7 +60,8 @@ FAULTS = [
           "db, dk = dkeys.unflatten(1, (2, L)).div_(P[:, None]).unbind(1)",
           "db, dk = dkeys.unflatten(1, (2, L)).div_(P[:, None]).unbind(1)\n    db = db / 2", LAWS),
     Fault("chunked: the gradient of the state is not handed back from span to span", "wkv.py",
-          "*parts, dS = _backward(chunks, spans[i], dy, dS)", "*parts, _ = _backward(chunks, spans[i], dy, dS)",
+          "*parts, dS = _backward(chunks, spans[i], dy, dS)",
+          "*parts, _ = _backward(chunks, spans[i], dy, dS)",
           (*LAWS, "test_wkv.py")),
     Fault("token kernel: a and b swapped", "wkv_kernel.cu",
           "a[i] = load_one(a_ + at);\n        b[i] = load_one(b_ + at);",
@@ -136,7 +137,7 @@ def main(argv=None):
     if options.words:
         faults = [fault for fault in FAULTS if any(word in fault.what for word in options.words)]
     if not faults:
-        print(f"error: no fault contains any of {options.words}; mutations.py has them in FAULTS", file=sys.stderr)
+        print(f"error: no fault contains any of {options.words}; mutations.py lists them", file=sys.stderr)
         return 2
     try:
         return table(faults, stop_at_first=not options.all)
@@ -170,7 +171,7 @@ def table(faults, stop_at_first):
 
 
 def copy_of_the_code(folder):
-    """The files that git knows or would add, as they are now, with ../shared beside them where there is one."""
+    """A copy of the files that git knows or would add, as they are now, with ../shared where there is one."""
     code = Path(folder, "code")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -211,7 +212,8 @@ def failing_tests(code, test_files, stop_at_first):
     except subprocess.TimeoutExpired:
         return ["it hangs"]
     if ran.returncode not in (0, 1):
-        raise ValueError(f"pytest does not run {', '.join(test_files)}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        said = (ran.stdout + ran.stderr)[-2000:]
+        raise ValueError(f"pytest does not run {', '.join(test_files)}: {said}")
     return re.findall(r"^(?:FAILED|ERROR) tests/(\S+::\w+(?:\[.*?\])?)", ran.stdout, re.MULTILINE)
 
 
