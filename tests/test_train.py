@@ -1,6 +1,6 @@
 """train.py: the laws of a run. What a user types, what is left on the disk, what survives a stop.
 
-Runs start from a base of 3 layers and 16 channels, on a dozen questions in the publisher's format whose words
+Runs start from a base of 2 layers and 16 channels, on a dozen questions in the publisher's format whose words
 are the stand-in's: its vocabulary of 162 tokens keeps checkpoints small, and a run takes a third of a second.
 """
 
@@ -52,7 +52,7 @@ def small_vocabulary():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny checkpoint in the official format whose layers all do something."""
-    model = RWKV7.init(Config(3, 16, 16, len(standin.small_tokenizer().tokens), 32, 8, 8, 8, 8), seed=1)
+    model = RWKV7.init(Config(2, 16, 16, len(standin.small_tokenizer().tokens), 32, 8, 8, 8, 8), seed=1)
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -299,23 +299,22 @@ def stops_at(draw, moments):
     return draw(st.sampled_from(list(STOPS))), name, draw(st.integers(1, moments.get(name, 1)))
 
 
-@settings(deadline=None, max_examples=14, phases=[Phase.generate], database=None, derandomize=True,
-          suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, command, moments, data):
-    """Stopped in one to three lives, by Ctrl-C, SIGTERM or SIGKILL, in any function of the project, a run ends
+    """Stopped in one or two lives, by Ctrl-C, SIGTERM or SIGKILL, in any function of the project, a run ends
     with the bytes of one that never was, once it is started for the last time.
 
     A polite stop (the first two) also says so in its last line, names its signal in the exit code, begins no
-    further step or evaluation, and has saved every step that was begun. Where it came with --fresh, it does not
-    advise to start over.
+    further evaluation and no step but the one whose batch is being drawn, and has saved every step that was
+    begun. Where it came with --fresh, it does not advise to start over.
 
     Catches: state that a checkpoint forgets, half-written files, files of one moment beside those of another,
     a step lost, an evaluation waited for (in R8, for 20 minutes), a stop told as damage, files that a killed
     run leaves for good.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(data.draw(st.integers(1, 3), label="lives")):
+        for _ in range(data.draw(st.integers(1, 2), label="lives")):
             kind, name, number = data.draw(stops_at(moments), label="stop")
             fresh = data.draw(st.integers(0, 4), label="--fresh") == 4
             argv = command(folder, *["--fresh"] * fresh)
@@ -336,7 +335,7 @@ def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, comman
             last = said.getvalue().splitlines()[-1]
             assert code == 128 + STOPS[kind] and last.startswith("stopped; "), said.getvalue()
             assert ("the same command without --fresh" in last) == fresh
-            assert not stop.later["Arm.train_step"] and not stop.later["score"]
+            assert stop.later["Arm.train_step"] <= 1 and not stop.later["score"]
             for place, step in stop.begun.items():
                 if (place / "checkpoint.pt").exists():
                     assert read_pt(place / "checkpoint.pt")[0]["step"] == step
@@ -345,3 +344,162 @@ def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, comman
         assert train.main(command(folder)) == 0
         assert outcome(folder) == outcome(finished)
         assert len(os.listdir(folder)) == 2    # the round and its summary
+
+
+def stop_at(patch, name, call, number=signal.SIGINT):
+    """Have this process stopped at a call of a method of train.Arm, before the method does its work."""
+    method, calls = getattr(train.Arm, name), []
+
+    def stopped(self, *values):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return method(self, *values)
+
+    patch.setattr(train.Arm, name, stopped)
+
+
+def stopped_at_step(argv, step):
+    """Run a command up to a stop in this step of its first arm, which is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "train_step", step)
+        assert train.main(argv) == 130
+
+
+def test_a_second_stop_does_not_wait(command, tmp_path, monkeypatch, capsys):
+    """Catches: a Ctrl-C that is ignored while a step takes minutes, and the checkpoint before it lost."""
+    stopped_at_step(command(tmp_path), 2)
+    monkeypatch.setattr(train.Arm, "train_step", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+    assert train.main(command(tmp_path)) == 130
+    assert "once more to stop at once" in capsys.readouterr().err
+    assert read_pt(tmp_path / "R2/seed5/no_fs/checkpoint.pt")[0]["step"] == 2
+
+
+def test_a_dead_terminal_stops_nobody(finished, command, tmp_path):
+    """With a reader that is gone, or a full disk, at the end of both streams a run ends as any other.
+
+    Catches: `train.py … 2>&1 | head -6` that ends the run, and the seeds after it.
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number, output in enumerate((writer, os.open("/dev/full", os.O_WRONLY))):
+        assert in_child(command(tmp_path / str(number)), output) == 0
+        assert outcome(tmp_path / str(number)) == outcome(finished)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(finished, command, tmp_path):
+    """Catches: a checkpoint that is lost or cut when the next does not fit, and an error without a reason."""
+    stopped_at_step(command(tmp_path), 2)
+    folder = tmp_path / "R2" / "seed5" / "no_fs"
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert in_child(command(tmp_path), output=tmp_path / "output", largest_file=len(before) // 2) == 2
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert last.startswith("error: ") and "checkpoint.pt" in last and "File too large" in last
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "output").unlink()
+    assert train.main(command(tmp_path)) == 0
+    assert outcome(tmp_path) == outcome(finished)
+
+
+# ---- a checkpoint that is not what it should be ------------------------------------------------------------
+
+def wrong_checkpoints(saved: dict):
+    """Checkpoints that hold something else than an arm left, each as (what is wrong, its contents)."""
+    tensor = torch.zeros(7)
+    pool = [None, True, "x", -7, 10**15, 10**400, 1.5, float("nan"), float("inf"), [], [1], [{}],
+            [{"step": "x"}], {}, {0: {}}, tensor]
+    for key in saved:
+        yield f"no {key}", {name: part for name, part in saved.items() if name != key}
+        for value in pool:
+            fits = (key, type(value)) in (("seconds", float), ("seconds", int)) and 0 <= value < 100
+            if not fits:
+                yield f"{key} {value!r:.20}", saved | {key: value}
+    yield from (("a list", [saved]), ("a number", 7), ("a tensor", tensor), ("a model", saved["model"]))
+
+    def changed(*path, to=None, name=None):
+        """A copy in which the place at `path` holds `to`, has another name, or is gone."""
+        value = part = copy.copy(saved)
+        for key in path[:-1]:
+            part[key] = copy.copy(part[key])
+            part = part[key]
+        old = part.pop(path[-1])
+        if name is not None:
+            part[name] = old
+        elif to is not None and isinstance(part, list):
+            part.insert(path[-1], to)
+        elif to is not None:
+            part[path[-1]] = to
+        return f"{path} {name} {to!r:.30}", value
+
+    for group, name in (("model", "head.weight"), ("model", "blocks.1.att.k_k"), ("fs", "alpha")):
+        yield changed(group, name)
+        yield changed(group, name, name=f"module.{name}")
+        for value in (None, "x", 1.0, tensor, [1.0]):
+            yield changed(group, name, to=value)
+    yield "a tensor more", saved | {"model": saved["model"] | {"extra.weight": tensor}}
+    for number in (0, 5, len(saved["optimizer"]) - 1):
+        place = next(key for key in list(saved["optimizer"])[number:])
+        yield changed("optimizer", place)
+        yield changed("optimizer", place, to={})
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            yield changed("optimizer", place, moment)
+            for value in ("x", 1, torch.zeros(7, 7), torch.tensor(1.0), torch.tensor(float("nan"))):
+                yield changed("optimizer", place, moment, to=value)
+    for entry in ("from_step", "code", "machine"):
+        yield changed("history", 0, entry)
+        yield changed("history", 0, entry, to=[])
+    for place in range(len(saved["metrics"])):
+        yield changed("metrics", place)
+        yield changed("metrics", place, to={"step": 99, "train_loss": 1.0})
+        yield changed("metrics", place, to={"step": 1})
+    yield changed("metrics", 1, "train_loss", to="x")
+    for key in saved["records"][0]:
+        if key not in ("option", "gold", "text"):    # these are for people, and no number is made of them
+            yield changed("records", 0, key)
+            yield changed("records", 0, key, to=[1])
+    yield "no first evaluation", saved | {"records": saved["records"][4:]}
+    yield "an evaluation to come", saved | {"records": [{**r, "step": r["step"] + 2} for r in saved["records"]]}
+    yield "a step more", saved | {"step": saved["step"] + 1}
+    yield "a step less", saved | {"step": saved["step"] - 1}
+    yield changed("identity", "seed", to=6)
+    yield changed("identity", "settings", "lr", to=1e-9)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, capsys, monkeypatch):
+    """A checkpoint with other contents, about 200 ways, or that is cut or no file, is refused and stays as it is.
+
+    Catches: a traceback, a negative step, a run that goes on with an optimizer, parameters or scores that are
+    not its own, and a checkpoint that is overwritten though somebody may still want to look at it.
+    """
+    argv = command(tmp_path, "--arm", "prompt_fs")
+    stopped_at_step(argv, 3)
+    path = tmp_path / "R2/seed5/prompt_fs/checkpoint.pt"
+    whole = path.read_bytes()
+    saved = torch.load(path)
+    rng = random.Random(0)
+    contents = [("cut", whole[:rng.randrange(len(whole))]) for _ in range(20)]
+    contents += [(f"byte {place}", whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+                 for place in (0, 1, len(whole) - 20)]
+    contents += [("text", b"PK\x03\x04 not much of a checkpoint"), ("nothing", b"")]
+    contents += wrong_checkpoints(saved)
+    assert len(contents) > 200
+    recipe = with_settings(load_rounds()[0]["R2"], SMALL)
+    material = train.choose_material(recipe, recipe, train.parse_arguments(argv))
+    monkeypatch.setattr(train, "choose_material", lambda *_: material)    # read once, for 200 lives
+    monkeypatch.setattr(train, "train_arm", lambda arm, interrupt: arm.resume())
+    others = outcome(tmp_path)
+    for what, content in contents:
+        with monkeypatch.context() as patch:
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:    # as if it had been read from the disk: to write so many takes long
+                patch.setattr(train, "read_pt", lambda path: (content, "sha256"))
+            before = path.read_bytes()
+            try:
+                error = refusal(capsys, train.main, argv)
+            except Exception as problem:
+                raise AssertionError(what) from problem
+            assert str(path) in error and "\n" not in error and "--fresh" in error and len(error) < 500, what
+            assert path.read_bytes() == before, what
+    path.write_bytes(whole)
+    assert outcome(tmp_path) == others
