@@ -132,7 +132,7 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer, max_n
 
 
 def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[list[int]] | None:
-    """The prompts that seed states are made from under a control of runs.CONTROLS; None for the examples' own."""
+    """The prompts that seed states are made from under one of runs.CONTROLS; None for the examples' own."""
     if control not in ("other", "shuffled"):
         return None
     prompts = [list(example.prompt) for example in examples]
@@ -161,9 +161,9 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
           tick: Callable[[int], None] = lambda done: None) -> list[dict]:
     """One evaluation: a record for every example, in the order of the examples, whatever the batches.
 
-    Args: model, on `device`; fs, or None; batch_size, examples at once; step and control, one of runs.CONTROLS,
-        written into the records; max_new, tokens that an answer may have, see answer_budget; tick, called
-        after every batch with the number of examples done.
+    Args: model, on `device`; fs, or None; batch_size, examples at once; step and control, one of
+        runs.CONTROLS, written into the records; max_new, tokens that an answer may have, see answer_budget;
+        tick, called after every batch with the number of examples done.
     Returns: dicts with step, id, tokens of the answer, correct (of these), loss (nats), exact and f1 (EM and
         F1), all as above; option (ARC: the likeliest label, else None); gold; text (the line written).
     """
@@ -199,8 +199,8 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     """The line that a model answers.
 
     Args: checkpoint, an official-format file. If a run left it, the run.json and fs.pth beside it decide on
-        the form of the prompt, the length of the answer and Future-Seed. question, put as the run's round puts
-        its own, or a whole prompt if it ends in "Answer:". context, paragraphs, or ARC's options.
+        the form of the prompt, the length of the answer and Future-Seed. question, put as the run's round
+        puts its own, or a whole prompt if it ends in "Answer:". context, paragraphs, or ARC's options.
     Raises: ValueError or OSError naming the file.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,8 +220,8 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     tokenizer = small_tokenizer() if source == "standin" else Tokenizer()
     needed = max(tokenizer.tokens) + 1
     if model.config.vocab_size < needed:
-        raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the tokenizer "
-                         f"of RWKV World needs {needed}; ask a model that was trained with it")
+        raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the "
+                         f"tokenizer needs {needed}; ask a model that was trained with RWKV World's tokenizer")
     cue = answer_cue(recipe.task, recipe.arc_border)    # "\n\nAnswer:", and a space where the run had one
     if question.rstrip().endswith("Answer:"):
         prompt = question.rstrip().removesuffix("Answer:") + cue.lstrip()

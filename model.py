@@ -43,7 +43,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,23 +109,28 @@ class LayerState(NamedTuple):
     channel_shift: Tensor    # (B, C), the channel mix's input at the last token
 
 
+torch.serialization.add_safe_globals([LayerState])    # torch.load reads back a state that torch.save wrote
+
+
 # ---- the columns of a batch, and the token shift -----------------------------------------------------------
+#
+# Rows of different lengths are padded on the right. An answer may be read in the same pass as its prompt, in
+# columns of its own behind all prompts, because Future-Seed treats the two differently:
 #
 #            T columns          A columns
 #     row 0  p p p p p p p p    a a a        p  a token of the prompt
-#     row 1  p p p . . . . .    a a .        a  a token of the answer, where it is read in the same pass
+#     row 1  p p p . . . . .    a a .        a  a token of the answer
 #     row 2  p p p p p . . .    a . .        .  padding
 #
-# A token is blended with its left neighbour. There is one exception: the left neighbour of a row's first
-# answer token is the row's last prompt token, and not the padding between the two.
-#
-# The wkv state runs through the T columns, past the padding. The state that a pass returns is the one it has
-# there. Answers start from that state and leave no trace in it. Padding behind an answer needs no care: no
-# token comes after it.
+# In both kinds of state a row must be as if it stood alone. For the token shift, a token's left neighbour is
+# the column to its left, with one exception: the left neighbour of a row's first answer token is the row's
+# last prompt token, and not the padding between the two. The wkv state passes the padding unchanged, so that
+# after the T columns it is every row's state at the end of its prompt. That is the state that a pass returns,
+# and the one that the answers start from. Padding behind an answer needs no care: nothing comes after it.
 
 class Columns(NamedTuple):
-    """Which of the P = T + A columns hold what. The last three are None where no row is padded, for then
-    nothing has to be masked or gathered: a small model's time on a GPU goes by the number of operations."""
+    """Which of the P = T + A columns hold what. Where no row is padded, the last three are None: then nothing
+    has to be masked or gathered, and a small model's time on a GPU goes by the number of operations."""
 
     T: int
     A: int
@@ -216,19 +221,19 @@ class TimeMix(nn.Module):
         H, N = self.r_k.shape
         difference, last = token_shift(x, before.time_shift, columns)
         mixes = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])  # (6, 1, 1, C)
-        mixed = torch.addcmul(x, difference, mixes)                      # (6, B, P, C), (3)
+        mixed = torch.addcmul(x, difference, mixes)                                    # (6, B, P, C), (3)
         if torch.is_autocast_enabled(x.device.type):
             # once for all six, where autocast would convert each input of each product by itself
             mixed = mixed.to(torch.get_autocast_dtype(x.device.type))
-        xr, xw, xk, xv, xa, xg = mixed                                   # (B, P, C) each
+        xr, xw, xk, xv, xa, xg = mixed                                                 # (B, P, C) each
 
-        r = self.receptance(xr)                                          # (13)
-        k = self.key(xk)                                                 # (5)
-        v = self.value(xv)                                               # (9)
+        r = self.receptance(xr)                                                        # (13)
+        k = self.key(xk)                                                               # (5)
+        v = self.value(xv)                                                             # (9)
         # (11, 12): the decay w is exp(-exp(-0.5) sigmoid(.)), in [0.545, 1); the operator takes its logarithm
         log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + torch.tanh(xw @ self.w1) @ self.w2)
-        learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)    # (4)
-        gate = torch.sigmoid(xg @ self.g1) @ self.g2                         # (14)
+        learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)              # (4)
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2                                   # (14)
         if self.layer == 0:
             v_first = v
         else:
@@ -236,7 +241,7 @@ class TimeMix(nn.Module):
             v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
 
         removal_key = F.normalize((k * self.k_k).view(B, P, H, N), dim=-1, eps=1e-12)  # (6, 15)
-        k = k * (1 + (learning_rate - 1) * self.k_a)                         # (7)
+        k = k * (1 + (learning_rate - 1) * self.k_a)                                   # (7)
         if columns.padding is not None:
             # decay 1, nothing removed, nothing written: the state passes a padding position untouched
             log_w = log_w.masked_fill(columns.padding, 0)
@@ -244,26 +249,27 @@ class TimeMix(nn.Module):
             removal_key = removal_key.masked_fill(columns.padding.unsqueeze(-1), 0)
 
         def heads(z):
-            # under autocast the adapters' fp32 biases have made some of these fp32
+            # under autocast, sums with fp32 parameters have made some of these fp32: back to the type of r
             return z.to(r.dtype).view(B, P, H, N)
 
-        r, k, v = heads(r), heads(k), heads(v)                               # (B, P, H, N) each
-        a = heads(-removal_key)                                              # (B, P, H, N)
-        b = heads(removal_key * learning_rate.view(B, P, H, N))              # (B, P, H, N)
+        r, k, v = heads(r), heads(k), heads(v)                                         # (B, P, H, N) each
+        a = heads(-removal_key)                                                        # (B, P, H, N)
+        b = heads(removal_key * learning_rate.view(B, P, H, N))                        # (B, P, H, N)
         log_w = log_w.view(B, P, H, N)    # stays fp32: the operator sums it over many tokens
-        inputs = (r, log_w, k, v, a, b)
+        operands = (r, log_w, k, v, a, b)
+        # the recurrence (16, 17), and what r reads (21); the state is (B, H, N, N)
         if columns.A == 0:
-            y, state = wkv(*inputs, before.wkv)    # (B, P, H, N), (B, H, N, N); (16, 17) and r wkv^T of (21)
+            y, state = wkv(*operands, before.wkv)                                      # (B, P, H, N)
         else:
-            pieces = [z.split([columns.T, columns.A], dim=1) for z in inputs]
+            pieces = [z.split([columns.T, columns.A], dim=1) for z in operands]
             prompt = [piece[0] for piece in pieces]
             answer = [piece[1] for piece in pieces]
-            y, state = wkv(*prompt, before.wkv)
-            y_answer, _ = wkv(*answer, state)    # past the answer no state is wanted
-            y = torch.cat([y, y_answer], dim=1)
-        y = self.ln_x(y.reshape(B * P, C)).view(B, P, C)                     # (21)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v    # (B, P, H, N), (20)
-        output = self.output((y + bonus.view(B, P, C)) * gate)                # (22)
+            y, state = wkv(*prompt, before.wkv)                                        # (B, T, H, N)
+            y_answer, _ = wkv(*answer, state)                                          # (B, A, H, N)
+            y = torch.cat([y, y_answer], dim=1)                                        # (B, P, H, N)
+        y = self.ln_x(y.reshape(B * P, C)).view(B, P, C)                               # (21)
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v                       # (B, P, H, N), (20)
+        output = self.output((y + bonus.view(B, P, C)) * gate)                         # (22)
         return output, v_first, last, state
 
 
@@ -336,8 +342,9 @@ class RWKV7(nn.Module):
             answer: (B, A) int64, right-padded tokens that follow each row's own, to be read in the same pass,
                 as a second call would from the returned state; or None.
 
-        Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C); state, a list of LayerState, after each
-            row's last token and before its answer, of which neither it nor a seed state knows anything.
+        Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C) with an answer; and the state, a list of
+            LayerState, after each row's last token and before its answer. No answer token has a part in it,
+            or in a seed state.
         Raises: ValueError, in one line, where the arguments do not fit each other or this model.
         """
         check_fit(self.config, tokens, state, lengths, seed_state, answer)
@@ -356,9 +363,9 @@ class RWKV7(nn.Module):
                     x_last = x[:, columns.T - 1]
                 else:
                     x_last = x[columns.rows, columns.lengths - 1]
-                seed = seed_state(layer, new_state[-1].wkv, x_last)
-                if seed is not None:
-                    before = before._replace(wkv=seed)
+                start = seed_state(layer, new_state[-1].wkv, x_last)    # (B, H, N, N)
+                if start is not None:
+                    before = before._replace(wkv=start)
             inputs = (x, v_first, before, columns)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, v_first, after = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -368,9 +375,9 @@ class RWKV7(nn.Module):
         return self.ln_out(x), new_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`model.head`, outside autocast: hidden (..., C) -> (..., V) in the type of the weights.
+        """`model.head` outside autocast: hidden (..., C) -> (..., V) in the type of the weights.
 
-        In bf16 the two likeliest of a question's options tie exactly in one answer in a hundred.
+        Rounded to bf16, the two likeliest options of a question tie exactly in one answer of a hundred.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype))
@@ -423,7 +430,7 @@ class RWKV7(nn.Module):
         return model
 
     def save(self, path: str | Path) -> None:
-        """Write an official-format .pth of fp32 CPU tensors, whole or not at all: `load` gives its bits.
+        """Write an official-format .pth of CPU tensors, whole or not at all. `load` gives the same bits.
 
         Raises OSError, which names the path, where it cannot be written.
         """
@@ -496,8 +503,9 @@ def check_fit(config: Config, tokens, state, lengths, seed_state, answer) -> Non
 
     Shapes cost nothing to look at. Values are looked at on the CPU only: see columns_of.
     """
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be (B, T) with at least one token, not {tuple(tokens.shape)}")
+    if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError("tokens must be (B, T) integers, with at least one token a row, not "
+                         f"{tuple(tokens.shape)} of {tokens.dtype}")
     B, T = tokens.shape
     if answer is not None and (answer.ndim != 2 or len(answer) != B):
         raise ValueError(f"answer must be ({B}, A), a row for each row of tokens, not {tuple(answer.shape)}")
@@ -555,6 +563,12 @@ def read_pt(path: str | Path) -> tuple[object, str]:
 
     Raises FileNotFoundError, or ValueError that names file and fault in one line.
     """
+    content, sha256, _ = read_pt_of_size(path)
+    return content, sha256
+
+
+def read_pt_of_size(path: str | Path) -> tuple[object, str, int]:
+    """As read_pt, and the size of the file in bytes."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of an official RWKV-7 .pth")
@@ -563,21 +577,42 @@ def read_pt(path: str | Path) -> tuple[object, str]:
     with open(path, "rb") as file:
         start = file.read(64)
         for place, signature, reason in OTHER_FILES:
-            if start[place:].lstrip().startswith(signature):
+            # a page may begin with blanks or a byte-order mark
+            if start[place:].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(signature):
                 raise ValueError(f"{path}: {reason}")
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
         try:
-            if start.startswith(b"PK"):
-                # torch.save stores members as they are. Compressed ones could be gigabytes in a small file
-                unpacked = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
-                if unpacked > path.stat().st_size:
-                    raise ValueError("compressed members")
-            file.seek(0)    # the same open file: at `path` there may be another by now
-            return torch.load(file, map_location="cpu", weights_only=True), sha256
+            too_large = fills_memory(file)
+            file.seek(0)    # the file that was looked at: at `path` there may be another by now
+            content = None
+            if not too_large:
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:    # torch raises half a dozen types here
             raise ValueError(f"{path}: not a PyTorch file of tensors and plain values, or damaged "
                              f"({type(error).__name__})") from error
+    if too_large:
+        raise ValueError(f"{path}: compressed or made to fill the memory; torch.save writes no such file")
+    return content, sha256, size
+
+
+def fills_memory(file: BinaryIO) -> bool:
+    """Whether a file of torch.save's may unpack to more than its own size."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(2) == b"PK":
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if compressed or sum(member.file_size for member in members) > size:
+            return True
+        pickles = [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+    else:    # the format before torch 1.6
+        file.seek(0)
+        pickles = [file.read()]
+    # the one call that torch.load allows and that makes something large of a number
+    return any(b"bytearray" in pickle for pickle in pickles)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
@@ -585,7 +620,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
 
     Training programs wrap it, as in {"state_dict": ...}: the wrapper is dropped. Raises as read_pt.
     """
-    tensors, sha256 = read_pt(path)
+    tensors, sha256, size = read_pt_of_size(path)
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
@@ -594,8 +629,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
             and x.layout == torch.strided and x.device.type == "cpu" for name, x in tensors.items()):
         raise ValueError(f"{path}: not a state dict of dense float tensors")
     # with a stride of 0, a few bytes are gigabytes; a head tied to the embedding is in the sum twice
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if size > 2 * Path(path).stat().st_size:
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
         raise ValueError(f"{path}: its tensors are larger than the file")
     return tensors, sha256
 

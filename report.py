@@ -95,8 +95,9 @@ def labels_of(run: dict, published: Round) -> list[str]:
     if changed:
         labels.append(f"settings changed from the round's: {', '.join(changed)}")
     if run["data"]["questions_cut"]:
-        labels.append(f"{counted(run['data']['questions_cut'], 'prompt')} of the validation set had more than "
-                      f"{settings['max_prompt']} tokens and lost the question, as in the log")
+        cut = counted(run["data"]["questions_cut"], "validation prompt")
+        labels.append(f"{cut} had more than {settings['max_prompt']} tokens and lost the question, as in the "
+                      "log")
     if settings["task"] == "hotpotqa" and run["source"] != "standin" and not settings["end_mark"]:
         labels.append("no end mark is trained, as in the log: a model that writes on after its answer scores "
                       "low in EM (--set end_mark=true trains one)")

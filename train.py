@@ -58,14 +58,13 @@ from files import Progress, complain, counted, delete_folders, duration, owned, 
 from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config, read_pt, write_pt
 from report import explain, log_numbers, text_of_log, write_report
-from rounds import Round, expand, load_rounds, seeds_of, setting_lines, with_settings
+from rounds import Round, check_together, expand, load_rounds, seeds_of, setting_lines, with_settings
 from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, RECORD, SURROUNDINGS, check_comparable, check_same_run,
-                  check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run, read_seed,
-                  status_of)
+                  check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run,
+                  read_seed, status_of)
 from tokenizer import Tokenizer
 
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
-LARGEST_BASE = 2_000_000_000           # bytes; the 0.1b model has 382 million
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
 # what a checkpoint holds beside the state dicts of model, fs and optimizer
@@ -135,7 +134,7 @@ def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tupl
         return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
     path = assets / "weights" / choice if published else Path(choice)
     if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline, LARGEST_BASE)
+        download(BASE_URL + choice, path, RWKV7.load, offline)
     return RWKV7.load(path), path.name
 
 
@@ -214,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices only, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW: weight decay on the matrices alone, and learning rates of their own for Future-Seed's parameters."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -350,7 +349,7 @@ class Arm:
     # -- the disk
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. ValueError where it is damaged or another's."""
+        """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             with naming_damage(path):
@@ -589,7 +588,7 @@ def share_of_this_process(jobs: list) -> list:
         numbers[name] = int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if rank >= size:
-        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK counts from 0 and must be less than WORLD_SIZE")
+        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK must be from 0 to WORLD_SIZE - 1")
     return jobs[rank::size]
 
 
@@ -659,6 +658,7 @@ def choose_material(real: Round, small: Round,
     stand-in, where every seed has its own.
     """
     if args.data:
+        check_together(real, "these settings")
         return "own", real, own_material(real, args)
     slow = args.device == "cpu" and args.base is None
     # real prompts are about 1.25 times min_prompt long, and ARC's a seventh of max_prompt
@@ -670,6 +670,7 @@ def choose_material(real: Round, small: Round,
     elif slow and not args.real:
         why = "there is no GPU"
     if not why:
+        check_together(real, "these settings")
         announce(real, "real", [hours] if slow else [], args)
         try:
             return "real", real, real_material(real, args.base, args.assets, args.offline)
@@ -682,6 +683,7 @@ def choose_material(real: Round, small: Round,
              f"question first; then the arms are trained and scored with {ORDERS[small.order]}"]
     if slow:
         lines.append(f"{hours}; --real runs it")
+    check_together(small, "these settings")
     announce(small, "standin", lines, args)
     return "standin", small, None
 
