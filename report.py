@@ -79,8 +79,21 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
 
 def controls_of(seeds) -> dict[str, list[float]]:
     """Accuracy of prompt_fs under each control, by seed."""
-    return {control: [float(np.mean([scores["acc"] for scores in seed.controls[control].values()]))
-                      for seed in seeds] for control in CONTROLS}
+    return {control: [mean_of(seed.controls[control], "acc") for seed in seeds] for control in CONTROLS}
+
+
+def mean_of(scores: dict[str, dict], metric: str) -> float:
+    """The mean of a metric over the examples of one evaluation."""
+    return float(np.mean([of_example[metric] for of_example in scores.values()]))
+
+
+def metrics_shown(source: str, task: str) -> tuple[str, ...]:
+    """The metrics that say something. A stand-in's answers are one token; ARC's F1 is its EM."""
+    if source == "standin":
+        return "acc", "loss"
+    if task == "arc":
+        return "acc", "loss", "EM"
+    return METRICS
 
 
 def labels_of(run: dict, published: Round) -> list[str]:
@@ -127,12 +140,7 @@ def text_of_round(result: dict, p_in_words: str | None) -> str:
              f"{counted(result['examples'], 'question')}"]
     lines += [*result["labels"], *result["notes"], *result["damaged"]]
     lines.append("metric seed     step    no_fs  prompt_fs        d  95% interval, over questions")
-    shown = METRICS
-    if standin:
-        shown = ("acc", "loss")          # its answers are one token
-    elif result["task"] == "arc":
-        shown = ("acc", "loss", "EM")    # its F1 is its EM
-    for metric in shown:
+    for metric in metrics_shown(result["source"], result["task"]):
         for line in result["per_seed"]:
             score = line[metric]
             steps = "/".join(str(step) for step in dict.fromkeys(line["steps"]))    # "10", or "10/13"
@@ -281,21 +289,36 @@ def draw_scores(panel, rows: list[Row]) -> None:
 
 
 def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) -> None:
-    """Training loss by step, a thin line a seed, as a mean over `window` steps; dots: validation loss."""
+    """Training loss by step, a thin line a seed, as a mean over `window` steps; dots: validation loss.
+
+    curves: arm -> the lines of metrics.jsonl of every seed.
+    """
+    drawn = []
     for arm, seeds in curves.items():
         for number, lines in enumerate(seeds):
-            steps = [line["step"] for line in lines if "train_loss" in line]
-            losses = [line["train_loss"] for line in lines if "train_loss" in line]
-            smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
-            panel.plot(steps, smooth, color=COLOURS[arm], linewidth=0.8, alpha=0.7,
-                       label=None if number else arm)
-            scored = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-            panel.plot(*zip(*scored), "o", color=COLOURS[arm], markersize=3, alpha=0.7)
-    panel.set_xlabel("training steps")
-    panel.set_ylabel("loss in nats (dots: validation)", fontsize=8)
-    panel.set_ylim(bottom=0)
+            training = [line for line in lines if "train_loss" in line]
+            evaluations = [line for line in lines if "loss" in line]
+            losses = [line["train_loss"] for line in training]
+            smooth = [float(np.mean(losses[max(0, i - window + 1):i + 1])) for i in range(len(losses))]
+            validation = [line["loss"] for line in evaluations]
+            panel.plot([line["step"] for line in training], smooth, color=COLOURS[arm], linewidth=0.8,
+                       alpha=0.7, label=None if number else arm)
+            panel.plot([line["step"] for line in evaluations], validation, "o", color=COLOURS[arm],
+                       markersize=3, alpha=0.7)
+            drawn += [loss for loss in smooth + validation if math.isfinite(loss)]
+    top = None
+    title = f"training loss, mean of {window} steps; dots: validation"
+    if drawn:
+        most = 4 * np.percentile(drawn, 90)    # one step that went wrong must not flatten all the others
+        if max(drawn) > most > 0:
+            top, title = most, f"{title}; cut at {most:.2g}"
+    panel.set_ylim(0, top)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel("training steps", fontsize=8)
+    panel.set_ylabel("loss in nats", fontsize=8)
+    panel.tick_params(labelsize=8)
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper right")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -321,20 +344,25 @@ def plot(folders: list[Path], path: Path, seeds: list[int] | None = None) -> Non
         found, _, _ = read_round(folder, seeds)
         run = next(iter(found.values())).runs["no_fs"]
         standin, settings = run["source"] == "standin", run["settings"]
+        guess = None
+        if standin:
+            guess = chance(settings["task"], settings["facts"])
         rows = []
-        for metric in ("acc",) if standin else ("acc", "EM", "F1"):
-            def means(of_seed):
-                return {seed: float(np.mean([score[metric] for score in of_seed(both).values()]))
-                        for seed, both in found.items()}
-
-            rows.append(Row(metric, means(lambda both: both.evaluations["no_fs"]),
-                            means(lambda both: both.evaluations["prompt_fs"]),
-                            means(lambda both: both.controls["off"]),
-                            chance(settings["task"], settings["facts"]) if standin else None))
+        for metric in metrics_shown(run["source"], settings["task"]):
+            if metric != "loss":    # it has the panel on the right
+                rows.append(Row(
+                    title=metric,
+                    no_fs={seed: mean_of(both.evaluations["no_fs"], metric) for seed, both in found.items()},
+                    prompt_fs={seed: mean_of(both.evaluations["prompt_fs"], metric)
+                               for seed, both in found.items()},
+                    off={seed: mean_of(both.controls["off"], metric) for seed, both in found.items()},
+                    guess=guess,
+                ))
         draw_scores(scores, rows)
         where = {"real": "", "own": ", OWN DATA", "standin": ", ON THE STAND-IN"}[run["source"]]
         scores.set_title(f"{folder.name}{where}, {counted(len(found), 'seed')}", fontsize=10)
         scores.set_xlabel("score at the end, a mark a seed", fontsize=8)
+        scores.tick_params(labelsize=8)
         scores.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
         draw_losses(losses, {arm: [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl")
                                    for seed in found] for arm in ARMS})
