@@ -577,7 +577,8 @@ def read_pt_of_size(path: str | Path) -> tuple[object, str, int]:
     with open(path, "rb") as file:
         start = file.read(64)
         for place, signature, reason in OTHER_FILES:
-            if start[place:].lstrip().startswith(signature):
+            # a page may begin with blanks or a byte-order mark
+            if start[place:].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(signature):
                 raise ValueError(f"{path}: {reason}")
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,7 +59,7 @@ from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config, read_pt, write_pt
 from report import explain, log_numbers, text_of_log, write_report
 from rounds import Round, check_together, expand, load_rounds, seeds_of, setting_lines, with_settings
-from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, SURROUNDINGS, check_comparable, check_same_run,
+from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, RECORD, SURROUNDINGS, check_comparable, check_same_run,
                   check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run,
                   read_seed, status_of)
 from tokenizer import Tokenizer
@@ -69,7 +69,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
 # what a checkpoint holds beside the state dicts of model, fs and optimizer
 CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
-              "records": [{"step": int}], "history": [SURROUNDINGS]}
+              "records": [RECORD | {"step": int}], "history": [SURROUNDINGS]}
 LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
 CPU_TOKENS_PER_SECOND = 300            # that one core of an AMD EPYC reads with the 0.1b model
 ORDERS = {"context_first": "the question last", "question_first": "the question first",
@@ -372,20 +372,35 @@ class Arm:
 
     def take_over(self, saved: dict) -> None:
         """Load a checkpoint's contents. An error of any type where they do not fit this arm."""
-        trained = [line["step"] for line in saved["metrics"] if "train_loss" in line]
-        if trained != list(range(1, saved["step"] + 1)) or not saved["history"] or saved["seconds"] < 0:
+        losses = [line for line in saved["metrics"] if "train_loss" in line]
+        check_shape(losses, [{"train_loss": float}], "metrics")
+        steps = [line["step"] for line in losses]
+        if len(steps) != saved["step"] or steps != list(range(1, len(steps) + 1)):
             raise ValueError("its step and its metrics do not belong together")
+        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
+            raise ValueError("history or seconds has a value that cannot be")
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
             self.fs.load_state_dict(saved["fs"])
         # learning rates and the like are the recipe's; a checkpoint holds the moments alone
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-        for parameter, moments in self.optimizer.state.items():
-            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("its optimizer does not fit its model")
+        if saved["step"] > 0:
+            self.check_moments(saved["step"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
+
+    def check_moments(self, step: int) -> None:
+        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        parameters = list(self.model.parameters())
+        if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
+            parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
+        for parameter in parameters:
+            if parameter.requires_grad:
+                moments = self.optimizer.state[parameter]
+                fits = moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                if not fits or moments["step"].item() != step:
+                    raise ValueError("its optimizer does not fit its model")
 
     def save(self) -> None:
         """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
@@ -471,6 +486,8 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
         states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
         for arm in args.arms:
             if states[arm] == "done":
+                # a run that is killed in its last moment is done, and its checkpoint is still there
+                (folder / arm / "checkpoint.pt").unlink(missing_ok=True)
                 say(f"{recipe.name} seed {seed} {arm}: this run is done; --fresh starts it over")
                 continue
             if states[arm] == "absent" and not args.fresh:
