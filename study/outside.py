@@ -2,7 +2,7 @@
 
     python study/from_scratch.py needle --seed 20 --out runs.jsonl    a line a run, both arms in it
     python study/outside.py collect runs.jsonl                        -> outside.json, with code and machine
-    python study/outside.py                                           outside.json -> the table and the figures
+    python study/outside.py                                           outside.json -> table and figures
 
 outside.json holds each run's accuracy over its steps and what both arms said to the test at the end. The test
 is not in it: from_scratch.py draws it again. Figures need matplotlib.
@@ -22,8 +22,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
-from from_scratch import ASK, SILENT, TASKS, TEST, comes_later    # noqa: E402
+from from_scratch import TEST, TEST_SEED    # noqa: E402
 from stats import holm, judge, sign_test    # noqa: E402
+from tasks import ASK, SILENT, TASKS, comes_later    # noqa: E402
 
 PLAIN, FS = "plain", "Future-Seed"
 PRIMARY = "needle"
@@ -63,7 +64,7 @@ def read_runs() -> list[dict]:
 
 def test_of(task: str) -> tuple[np.ndarray, np.ndarray]:
     """A task's test, as from_scratch.py draws it: inputs and targets (B, T)."""
-    return TASKS[task].make(np.random.default_rng(2 ** 31), TEST, TASKS[task].last)
+    return TASKS[task].make(np.random.default_rng(TEST_SEED), TEST, TASKS[task].last)
 
 
 def said_at(run: dict, arm: str, targets: np.ndarray) -> np.ndarray:
@@ -186,7 +187,8 @@ def draw_all(runs: list[dict]) -> None:
     for panel in panels:    # places that no task takes
         panel.set_axis_off()
     figure.supylabel("share right", fontsize=8)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(HERE / "outside.png", dpi=110)
 
 

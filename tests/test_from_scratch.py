@@ -1,5 +1,6 @@
-"""study/from_scratch.py: its tasks ask what their docstrings say, and its two models differ in Future-Seed alone."""
+"""study/tasks.py and study/from_scratch.py: tasks ask what they say; both models start and learn alike."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import from_scratch    # noqa: E402
-from from_scratch import ASK, BAR, HOLE, SILENT, STOP, TASKS, WHO    # noqa: E402
+import tasks    # noqa: E402
+from fs import prefill    # noqa: E402
+from tasks import ASK, BAR, HOLE, SILENT, STOP, TASKS, WHO    # noqa: E402
 
 
 def drawn(task, B=64, n=None, seed=0):
@@ -25,10 +28,10 @@ def test_a_task_says_at_each_token_what_is_to_be_said_there(task):
     """
     inputs, targets = drawn(task)
     assert inputs.shape == targets.shape
-    assert inputs.min() >= 0 and inputs.max() < len(from_scratch.WORDS)
+    assert inputs.min() >= 0 and inputs.max() < len(tasks.WORDS)
     asked = targets != SILENT
     assert asked.any(axis=1).all()
-    assert targets[asked].min() >= 0 and targets[asked].max() < len(from_scratch.WORDS)
+    assert targets[asked].min() >= 0 and targets[asked].max() < len(tasks.WORDS)
 
 
 @pytest.mark.parametrize("task", ["needle", "needle-first", "needle-both", "needle-twice"])
@@ -81,16 +84,17 @@ def test_a_query_is_answered_by_the_thing_of_its_name(task):
 def test_comes_later_finds_the_queries_whose_pair_comes_later():
     """Against a search by hand, query by query.
 
-    Catches: the query itself taken for its pair, the two kinds exchanged, a mark on the name and not on the `?`.
+    Catches: the query taken for its pair, the two kinds exchanged, a mark on the name and not on the `?`.
     """
     inputs, targets = drawn("directional")
-    later = from_scratch.comes_later(inputs)
+    later = tasks.comes_later(inputs)
     for tokens, said, marks in zip(inputs, targets, later):
         for t in range(len(tokens)):
             wanted = False
             if said[t] != SILENT:
-                pair = [s for s in range(0, len(tokens), 2) if tokens[s] == tokens[t - 1] and tokens[s + 1] != ASK]
-                wanted = pair[0] > t
+                pairs = [s for s in range(0, len(tokens), 2) if tokens[s + 1] != ASK]
+                own = [s for s in pairs if tokens[s] == tokens[t - 1]]
+                wanted = own[0] > t
             assert marks[t] == wanted
 
 
@@ -99,7 +103,7 @@ def test_a_sudoku_has_one_solution():
 
     Catches: boards that break a rule, puzzles with two solutions, a target where a digit is given.
     """
-    boards = from_scratch.sudoku_boards()
+    boards = tasks.sudoku_boards()
     assert len(boards) == len(set(map(tuple, boards.tolist()))) == 288
     for puzzle, said in zip(*drawn("sudoku")):
         holes = puzzle == HOLE
@@ -133,8 +137,9 @@ def test_only_future_seed_lets_a_word_that_comes_later_change_an_answer():
         # the published initialisation writes nothing into the residual stream: let every block speak
         for block in arm.model.blocks:
             torch.nn.init.normal_(block.att.output.weight, std=0.1)
-        hidden = [from_scratch.prefill(arm.model, torch.tensor(x), fs=arm.fs)[0][:, :-1] for x in (inputs, changed)]
-        assert torch.equal(*hidden) == (not with_fs)
+        before = prefill(arm.model, torch.tensor(inputs), fs=arm.fs)[0][:, :-1]
+        after = prefill(arm.model, torch.tensor(changed), fs=arm.fs)[0][:, :-1]
+        assert torch.equal(before, after) == (not with_fs)
 
 
 def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch, capsys):
@@ -142,13 +147,13 @@ def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch,
 
     Catches: an option that is read and not used, answers of one arm under the other's name.
     """
-    import json
     short = TASKS["recall"]._replace(last=3, steps=10)
     monkeypatch.setitem(TASKS, "recall", short)
     monkeypatch.setattr(from_scratch, "TEST", 4)
-    monkeypatch.setattr(sys, "argv", ["from_scratch.py", "recall", "--seed", "5", "--out", str(tmp_path / "runs.jsonl")])
+    out = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(sys, "argv", ["from_scratch.py", "recall", "--seed", "5", "--out", str(out)])
     from_scratch.main()
-    run = json.loads((tmp_path / "runs.jsonl").read_text())
+    run = json.loads(out.read_text())
     assert (run["task"], run["seed"], len(run["curve"])) == ("recall", 5, 10)
     inputs, targets = short.make(np.random.default_rng(2 ** 31), 4, 3)
     for arm in ("plain", "Future-Seed"):
