@@ -14,6 +14,8 @@ import http.client
 import json
 import math
 import random
+import shutil
+import struct
 import tempfile
 import time
 import urllib.request
@@ -238,10 +240,8 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         with FileLock(path.parent / ".lock"):
             if path.exists():    # another process has fetched it meanwhile
                 return
-            for leftover in path.parent.glob(".download-*/*"):    # of a process that was killed
-                leftover.unlink()
-            for leftover in path.parent.glob(".download-*"):
-                leftover.rmdir()
+            for leftover in path.parent.glob(".download-*"):    # of a process that was killed
+                shutil.rmtree(leftover)
             say(f"downloading {path.name} from {url.split('/')[2]}")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 part = Path(folder, path.name)
@@ -251,31 +251,46 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
                     part.rename(path)
                 else:
                     unpack(part)
-    except (OSError, http.client.HTTPException, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"could not download {path}: {reason}. Download {url} yourself and save "
                                 f"{member or 'it'} as {path}.") from None
 
 
 def unpack_arc(archive: Path, folder: Path) -> None:
-    """Take ARC-Challenge's three files out of the archive. ValueError, and none is kept, if one is wrong."""
-    with zipfile.ZipFile(archive) as members, tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        unpacked = []
-        for task, split in FILES:
-            if task == "arc":
-                name = Path(FILES[task, split][0]).name
-                try:
-                    member = members.getinfo(ARC_FOLDER + name)
-                except KeyError:
-                    raise ValueError(f"the archive has no {name}") from None
-                if member.file_size > LARGEST_MEMBER:
-                    raise ValueError(f"{name} would be {member.file_size:,} bytes")
-                path = Path(place, name)
-                path.write_bytes(members.read(member))
-                check_records(path, FILES[task, split][1])
-                unpacked.append(path)
-        for path in unpacked:
-            path.rename(folder / path.name)
+    """Take ARC-Challenge's three files out of the archive; a file that `folder` holds already is kept.
+
+    ValueError, with nothing written to `folder`, where the archive is damaged or one of the three is wrong.
+    """
+    unpacked = archive.parent / "unpacked"
+    unpacked.mkdir()
+    wanted = {Path(name).name: records for (task, _), (name, records) in FILES.items() if task == "arc"}
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for name in wanted:
+                unpack_member(members, ARC_FOLDER + name, unpacked / name)
+    # zipfile raises RuntimeError for a password, and NotImplementedError, a kind of it, for odd versions
+    except (RuntimeError, EOFError, OverflowError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise ValueError(f"the archive is damaged: {error}") from None
+    for name, records in wanted.items():
+        check_records(unpacked / name, records)
+    for name in wanted:
+        if not (folder / name).exists():
+            (unpacked / name).rename(folder / name)
+
+
+def unpack_member(members: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Write one file of an archive to `path`. ValueError where it is missing, too large or oddly packed."""
+    if name not in members.namelist():
+        raise ValueError(f"the archive has no {name}")
+    member = members.getinfo(name)
+    if member.file_size > LARGEST_MEMBER:
+        raise ValueError(f"{name} would be {member.file_size:,} bytes")
+    # the other methods unpack a whole member at once, however large it turns out to be
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed by method {member.compress_type}, which is not read here")
+    with members.open(member) as packed, open(path, "wb") as file:
+        shutil.copyfileobj(packed, file)    # piece by piece: the table of contents may lie about the size
 
 
 def check_records(path: Path, published: int) -> None:
