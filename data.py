@@ -14,11 +14,15 @@ import http.client
 import json
 import math
 import random
+import shutil
+import struct
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -51,11 +55,13 @@ HOTPOTQA_SHA256 = {             # the publisher's; fetched without TLS, so its b
 HOTPOTQA_COPY_SHA256 = {        # the copy's; that of its training file is not known here
     "hotpot_dev_distractor_v1.json": "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
 }
-LARGEST_FILE = 2_000_000_000    # bytes of a download
+LARGEST_FILE = 2_000_000_000    # bytes of a download of questions; ARC's archive is 680 MB
+LARGEST_BASE = 30_000_000_000   # bytes of a base model: 13 billion weights in bf16, and some room
 LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
 SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up
 SECONDS_TO_BEGIN = 60           # and so is one that, after this time, has sent
 SLOWEST = 20_000                # fewer bytes a second on average
+SECONDS_BETWEEN_LOOKS = 0.2     # at a file that is being received
 
 
 @dataclass(frozen=True)
@@ -202,33 +208,58 @@ def loses_question(example: Example, order: str) -> bool:
 
 # ---- files of records --------------------------------------------------------------------------------------
 
-def fetch(url: str, path: Path) -> None:
-    """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all."""
-    with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as answer, open(path, "wb") as file:
-        promised = int(answer.headers.get("Content-Length") or 0)
-        progress, started, received = Progress(promised), time.monotonic(), 0
-        if promised > LARGEST_FILE:
-            raise OSError(f"it would be {promised:,} bytes")
-        while part := answer.read1(1 << 16):    # read1 gives what there is; read would wait for all of it
-            file.write(part)
-            received += len(part)
-            seconds = time.monotonic() - started
-            if received > LARGEST_FILE:
+def fetch(url: str, path: Path, largest: int) -> None:
+    """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all.
+
+    A thread receives, and this one watches the file grow. A server can be slow in its header too, and then a
+    thread that reads it can look at no clock. Where the server is given up, the thread ends by itself: the
+    file that it would write to is closed.
+    """
+    promised = None    # bytes, where the server says how many there are
+    finished = Future()
+
+    def receive() -> None:
+        nonlocal promised
+        try:
+            with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as answer:
+                promised = answer.length
+                while part := answer.read1(1 << 16):
+                    file.write(part)
+            finished.set_result(None)
+        except Exception as error:    # it is for the thread that waits
+            finished.set_exception(error)
+
+    with open(path, "wb") as file:
+        progress, started = Progress(), time.monotonic()
+        threading.Thread(target=receive, daemon=True).start()
+        while not finished.done():
+            wait([finished], timeout=SECONDS_BETWEEN_LOOKS)
+            received, seconds = file.tell(), time.monotonic() - started
+            if promised is not None and promised > largest:
+                raise OSError(f"it would be {promised:,} bytes, and at most {largest:,} are expected")
+            if received > largest:
                 raise OSError(f"the server does not stop sending, after {received:,} bytes")
             if seconds > SECONDS_TO_BEGIN and received < SLOWEST * seconds:
                 raise OSError(f"the server is too slow: {received:,} bytes in {seconds:.0f} s")
-            so_far = f"{received / 1e6:.0f} of {promised / 1e6:.0f} MB"
+            progress.total = promised
+            so_far = f"{received / 1e6:.0f} MB"
+            if promised is not None:
+                so_far = f"{received / 1e6:.0f} of {promised / 1e6:.0f} MB"
             progress.tick(received, f"downloading {path.name}: {so_far}")
-    if received < promised:
+        finished.result()    # raises what went wrong in the other thread
+        received = file.tell()
+    if promised is not None and received < promised:
         raise OSError(f"the server sent {received:,} of {promised:,} bytes")
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool,
-             unpack: Callable[[Path], None] | None = None, member: str = "") -> None:
+             unpack: Callable[[Path], None] | None = None, member: str = "",
+             largest: int | None = None) -> None:
     """Fetch url to path, whole and checked or not at all. One process at a time does this in a folder.
 
     Args: check, called with the file before it gets its name, raises ValueError to refuse it; unpack, what to
-    do with the file in place of keeping it; member, what a person would have to take out of it.
+    do with the file in place of keeping it; member, what a person would have to take out of it; largest, in
+    bytes, that the file may be; by default LARGEST_FILE.
     Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
     try:
@@ -238,44 +269,57 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         with FileLock(path.parent / ".lock"):
             if path.exists():    # another process has fetched it meanwhile
                 return
-            for leftover in path.parent.glob(".download-*/*"):    # of a process that was killed
-                leftover.unlink()
-            for leftover in path.parent.glob(".download-*"):
-                leftover.rmdir()
+            for leftover in path.parent.glob(".download-*"):    # of a process that was killed
+                shutil.rmtree(leftover)
             say(f"downloading {path.name} from {url.split('/')[2]}")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 part = Path(folder, path.name)
-                fetch(url, part)
+                fetch(url, part, largest or LARGEST_FILE)
                 check(part)
                 if unpack is None:
                     part.rename(path)
                 else:
                     unpack(part)
-    except (OSError, http.client.HTTPException, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise FileNotFoundError(f"could not download {path}: {reason}. Download {url} yourself and save "
                                 f"{member or 'it'} as {path}.") from None
 
 
 def unpack_arc(archive: Path, folder: Path) -> None:
-    """Take ARC-Challenge's three files out of the archive. ValueError, and none is kept, if one is wrong."""
-    with zipfile.ZipFile(archive) as members, tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        unpacked = []
-        for task, split in FILES:
-            if task == "arc":
-                name = Path(FILES[task, split][0]).name
-                try:
-                    member = members.getinfo(ARC_FOLDER + name)
-                except KeyError:
-                    raise ValueError(f"the archive has no {name}") from None
-                if member.file_size > LARGEST_MEMBER:
-                    raise ValueError(f"{name} would be {member.file_size:,} bytes")
-                path = Path(place, name)
-                path.write_bytes(members.read(member))
-                check_records(path, FILES[task, split][1])
-                unpacked.append(path)
-        for path in unpacked:
-            path.rename(folder / path.name)
+    """Take ARC-Challenge's three files out of the archive; a file that `folder` holds already is kept.
+
+    ValueError, with nothing written to `folder`, where the archive is damaged or one of the three is wrong.
+    """
+    unpacked = archive.parent / "unpacked"
+    unpacked.mkdir()
+    wanted = {Path(name).name: records for (task, _), (name, records) in FILES.items() if task == "arc"}
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for name in wanted:
+                unpack_member(members, ARC_FOLDER + name, unpacked / name)
+    # zipfile raises RuntimeError for a password, and NotImplementedError, a kind of it, for odd versions
+    except (RuntimeError, EOFError, OverflowError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise ValueError(f"the archive is damaged: {error}") from None
+    for name, records in wanted.items():
+        check_records(unpacked / name, records)
+    for name in wanted:
+        if not (folder / name).exists():
+            (unpacked / name).rename(folder / name)
+
+
+def unpack_member(members: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Write one file of an archive to `path`. ValueError where it is missing, too large or oddly packed."""
+    if name not in members.namelist():
+        raise ValueError(f"the archive has no {name}")
+    member = members.getinfo(name)
+    if member.file_size > LARGEST_MEMBER:
+        raise ValueError(f"{name} would be {member.file_size:,} bytes")
+    # the other methods unpack a whole member at once, however large it turns out to be
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed by method {member.compress_type}, which is not read here")
+    with members.open(member) as packed, open(path, "wb") as file:
+        shutil.copyfileobj(packed, file)    # piece by piece: the table of contents may lie about the size
 
 
 def check_records(path: Path, published: int) -> None:

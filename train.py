@@ -51,8 +51,8 @@ from typing import Iterator, NamedTuple
 import torch
 
 import standin
-from data import (Example, batches, collate, download, fingerprint, load_examples, load_own_examples,
-                  loses_question)
+from data import (LARGEST_BASE, Example, batches, collate, download, fingerprint, load_examples,
+                  load_own_examples, loses_question)
 from eval import answer_budget, means_of, score
 from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
@@ -134,7 +134,7 @@ def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tupl
         return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
     path = assets / "weights" / choice if published else Path(choice)
     if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline)
+        download(BASE_URL + choice, path, RWKV7.load, offline, largest=LARGEST_BASE)
     return RWKV7.load(path), path.name
 
 
@@ -213,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
