@@ -883,7 +883,7 @@ def test_own_questions_are_a_round_of_their_own(command, tmp_path, capsys):
     out, err = capsys.readouterr()
     folder = tmp_path / "runs/own/R8"
     for text in (out, folder.with_name("_summary_R8.txt").read_text()):
-        assert "OWN DATA: not comparable with the log" in text and "the log:" not in text
+        assert "OWN DATA: not comparable with the log" in text and "the log: d_acc" not in text
         assert "1 seed on 5 questions" in text and "min_prompt" not in text
     assert f"OWN DATA, {tmp_path}: 7 questions to train on" in err and not (tmp_path / "runs/R8").exists()
     run = read_run(folder / "seed5/prompt_fs")
