@@ -70,6 +70,25 @@ FAULTS = [
     Fault("chunked kernel: a mask that is off by one", "wkv_kernel.cu",
           "if (column_of(i) + strict > row_of(i))", "if (column_of(i) > row_of(i))", LAWS),
 
+    # ---- the model and Future-Seed ----
+    Fault("model: the padding's mask begins one token late", "model.py",
+          "(column >= lengths.view(B, 1, 1))", "(column > lengths.view(B, 1, 1))", ("test_model.py",)),
+    Fault("model: a key at a padded position is not masked", "model.py",
+          "            k = k.masked_fill(columns.padding, 0)\n", "", ("test_model.py",)),
+    Fault("model: the token shift is handed on from the token before the last", "model.py",
+          "last = extended[columns.rows, columns.lengths]",
+          "last = extended[columns.rows, columns.lengths - 1]", ("test_model.py",)),
+    Fault("Future-Seed: the clip comes before the gate", "fs.py",
+          "        seed_state = self.gate_of(layer, x_last) * base\n        if self.clip > 0:\n"
+          "            seed_state = seed_state.clamp(-self.clip, self.clip)\n",
+          "        if self.clip > 0:\n            base = base.clamp(-self.clip, self.clip)\n"
+          "        seed_state = self.gate_of(layer, x_last) * base\n", ("test_fs.py",)),
+    Fault("Future-Seed: a dropped detach", "fs.py", "base = base.detach()", "pass", ("test_fs.py",)),
+    Fault("Future-Seed: the norm over the wrong axes", "fs.py",
+          "mean(dim=(-2, -1), keepdim=True)", "mean(dim=(-3, -2, -1), keepdim=True)", ("test_fs.py",)),
+    Fault("Future-Seed: the input gate looks at the last column, which may be padding", "model.py",
+          "x_last = x[columns.rows, columns.lengths - 1]", "x_last = x[:, columns.T - 1]", ("test_fs.py",)),
+
     # ---- statistics ----
     Fault("the rank of the median's interval off by one", "stats.py",
           "high = float(deltas[S - rank] + shift)", "high = float(deltas[S - rank - 1] + shift)",
