@@ -8,6 +8,7 @@ looks whether the folder is still the one that it locked.
 This file needs no torch, whose import takes seconds: a command hears Ctrl-C from its first lines on.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -19,8 +20,6 @@ import time
 from pathlib import Path
 from typing import IO, Callable, Iterator, TextIO
 
-from filelock import FileLock, Timeout
-
 SECONDS_BETWEEN_LINES = 2
 
 
@@ -28,14 +27,36 @@ SECONDS_BETWEEN_LINES = 2
 
 def write_line(stream: TextIO, text: str) -> None:
     """Print to a stream, or drop the text: a reader that is gone or a full disk is no reason to stop."""
+    if stream is None:    # the process was started without it
+        return
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)    # a terminal may know ASCII alone
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        # Python would write what is left in its buffer once more at the end, and complain about the same pipe
-        with contextlib.suppress(OSError, ValueError):
+        drop_unwritten(stream)
+    except (OSError, ValueError, RuntimeError):
+        pass    # a full disk, to which a later message may get; a closed stream; a write that a signal cut
+
+
+def drop_unwritten(stream: TextIO | None) -> None:
+    """Write what is left in a stream's buffer or, where that fails, send it nowhere.
+
+    Python tries to write the rest when it ends. Where it cannot, it complains and exits with code 120.
+    """
+    if stream is None or stream.closed:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):    # a stream without a file of its own
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError):    # a full disk; a stream that is closed
-        pass
+
+
+@atexit.register
+def drop_all_unwritten() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        drop_unwritten(stream)
 
 
 def tell(text: str) -> None:
@@ -105,10 +126,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     If the block raises, `path` keeps what it held and the temporary file is removed. OSError, which names
     `path`, where it cannot be written. (model.write_pt does the same for tensors.)
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -116,7 +137,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.chmod(temporary, 0o644)     # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written: {error.strerror}. What was saved before is "
                           "kept.") from error
@@ -154,6 +176,8 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
     Gives a function that raises ValueError if the folder has been deleted or replaced meanwhile, so that its
     owner does not write over another's work. Raises ValueError where another process owns the folder.
     """
+    from filelock import FileLock, Timeout    # here: it takes as long to import as all else in this file
+
     lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)

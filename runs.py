@@ -63,7 +63,7 @@ def naming_damage(path: Path, remedy: str = START_OVER) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (OSError, Damaged)) or NO_MEMORY in str(error):
             raise
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).removeprefix(f"{path}: ").split())[:120]
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
 
@@ -104,8 +104,10 @@ def differences(one, other, name: str = "") -> list[tuple]:
 
 def in_words(differences: list[tuple], here: str, there: str) -> str:
     """The first few differences, as "settings.lr is 1e-05 on disk, 3e-05 in this command"."""
-    texts = [f"{name} is {str(one)[:16]} {here}, {str(other)[:16]} {there}"
-             for name, one, other in differences]
+    def short(value) -> str:
+        return " ".join(str(value).split())[:16]    # a message is one line, whatever a file holds
+
+    texts = [f"{name} is {short(one)} {here}, {short(other)} {there}" for name, one, other in differences]
     if len(texts) > 3:
         texts = texts[:3] + [f"and {len(texts) - 3} more"]
     return "; ".join(texts)
@@ -165,8 +167,11 @@ def read_run(folder: Path) -> dict:
             raise ValueError(f"it belongs to {belongs}")
         if run["source"] not in FOLDERS or run["status"] not in ("running", "done"):
             raise ValueError(f"source {run['source']!r}, status {run['status']!r}")
-        if not (0 <= run["steps"] < 10**9 and run["history"]) or run["minutes"] == float("inf"):
-            raise ValueError("steps, minutes or history")
+        minutes = run["minutes"]
+        if minutes is not None and not 0 < minutes < 1e9:    # NaN is not equal to itself
+            raise ValueError(f"minutes is {minutes}")
+        if not 0 <= run["steps"] < 10**9 or not run["history"] or run["data"]["questions_cut"] < 0:
+            raise ValueError("steps, history or questions_cut has a value that cannot be")
         recipe_of(run)
     return run
 
@@ -224,8 +229,9 @@ def read_seed(folder: Path) -> Seed:
     for arm, run in runs.items():
         path = folder / arm / "records.jsonl"
         by_step = read_records(path)
-        with naming_damage(path):
-            evaluations[arm] = by_step[run["steps"]]
+        if run["steps"] not in by_step:
+            raise Damaged(f"{path} holds no evaluation at step {run['steps']}. {START_OVER}")
+        evaluations[arm] = by_step[run["steps"]]
     unlike = differences(*(comparable_part(runs[arm], across_seeds=False) for arm in ARMS))
     if unlike:
         what = in_words(unlike, "in no_fs", "in prompt_fs")
@@ -247,8 +253,8 @@ def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bo
     Without Future-Seed its settings decide nothing. A budget in minutes depends on the clock, and a run that
     was resumed elsewhere on two machines: neither is identical to anything.
     """
-    if identity["arm"] != "no_fs" or identity["minutes"] is not None:
-        return False
+    if identity["arm"] != "no_fs" or identity["minutes"] is not None or folder.exists():
+        return False    # the last: a run of this round has begun, and goes on
 
     def decisive(run: dict) -> dict:
         settings = {key: value for key, value in run["settings"].items()

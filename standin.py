@@ -162,9 +162,11 @@ def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundin
     if path.exists() and label.exists():
         with naming_damage(path, "Delete it to make the base anew."):
             model = RWKV7.load(path)
+        with naming_damage(label, "Delete it to make the base anew."):
             made_by = json.loads(read_text(label))
             check_shape(made_by, MADE_BY)
-        if made_by | made_for == made_by and made_by["sha256"] == model.sha256:
+        fits = all(made_by[key] == value for key, value in made_for.items())
+        if fits and made_by["sha256"] == model.sha256:
             moved = differences({key: made_by[key] for key in surroundings}, surroundings)
             if moved:
                 say(f"note: the base {path} was made by other code or on another machine "

@@ -59,7 +59,7 @@ from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config, read_pt, write_pt
 from report import explain, log_numbers, text_of_log, write_report
 from rounds import Round, check_together, expand, load_rounds, seeds_of, setting_lines, with_settings
-from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, SURROUNDINGS, check_comparable, check_same_run,
+from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, RECORD, SURROUNDINGS, check_comparable, check_same_run,
                   check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run,
                   read_seed, status_of)
 from tokenizer import Tokenizer
@@ -69,7 +69,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
 # what a checkpoint holds beside the state dicts of model, fs and optimizer
 CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
-              "records": [{"step": int}], "history": [SURROUNDINGS]}
+              "records": [RECORD | {"step": int}], "history": [SURROUNDINGS]}
 LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
 CPU_TOKENS_PER_SECOND = 300            # that one core of an AMD EPYC reads with the 0.1b model
 ORDERS = {"context_first": "the question last", "question_first": "the question first",
@@ -213,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -261,13 +261,16 @@ class Arm:
         device = self.experiment.device
         started = time.monotonic()
         rows = self.recipe.micro_batch_size or len(batch)
+        ids = ", ".join(example.id for example in batch)
+        what = f"the loss at step {self.step + 1} (examples {ids})"
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(batch), rows):
             # products in bf16 on a GPU; on a CPU all is fp32, so that a run can be repeated to the bit
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 prompt, lengths, answer, answer_lengths = collate(batch[first:first + rows], device)
-                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
+                with self.naming_loss(what):
+                    logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
                 loss = answer_loss(logits, answer, answer_lengths)
             (loss.sum() / len(batch)).backward()    # pieces add up to the gradient of the batch's mean
             losses.append(loss.detach())
@@ -283,8 +286,7 @@ class Arm:
         self.step += 1
         mean = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
         self.seconds += time.monotonic() - started
-        ids = ", ".join(example.id for example in batch)
-        self.check_finite(mean, f"the loss at step {self.step} (examples {ids})")
+        self.check_finite(mean, what)
         self.metrics.append({"step": self.step, "train_loss": mean})
 
     def budget_spent(self) -> bool:
@@ -304,11 +306,22 @@ class Arm:
         else:
             progress.tick(self.seconds, f"{self.name}: step {self.step}, {shown}", self.seconds)
 
+    def diverged(self, trouble: str) -> ValueError:
+        """The error for a loss that is not a number: nothing that follows could be kept."""
+        return ValueError(f"{self.name}: {trouble}. The last checkpoint is kept. A lower learning rate may "
+                          f"help, as in --set lr={self.recipe.lr / 3:.1g}")
+
     def check_finite(self, loss: float, what: str) -> None:
-        """ValueError unless a loss is a number: nothing that follows could be kept."""
         if not loss < float("inf"):
-            raise ValueError(f"{self.name}: {what} is {loss}. The last checkpoint is kept. A lower learning "
-                             f"rate may help, as in --set lr={self.recipe.lr / 3:.1g}")
+            raise self.diverged(f"{what} is {loss}")
+
+    @contextlib.contextmanager
+    def naming_loss(self, what: str) -> Iterator[None]:
+        """Within the block, an error says which loss was to be had. (On a CPU the operator refuses NaN.)"""
+        try:
+            yield
+        except ValueError as error:
+            raise self.diverged(f"{what} cannot be computed ({error})") from error
 
     # -- scoring
 
@@ -317,9 +330,11 @@ class Arm:
 
     def evaluate(self) -> None:
         """Score the whole validation set and keep what came out."""
-        records = self.scored(f"validation at step {self.step}")
+        what = f"the validation loss after step {self.step}"
+        with self.naming_loss(what):
+            records = self.scored(f"validation at step {self.step}")
         means = means_of(records)
-        self.check_finite(means["loss"], f"the validation loss after step {self.step}")
+        self.check_finite(means["loss"], what)
         self.records += records
         self.metrics.append({"step": self.step, **means})
         exact = "option accuracy" if self.recipe.task == "arc" else "exact match"
@@ -372,20 +387,45 @@ class Arm:
 
     def take_over(self, saved: dict) -> None:
         """Load a checkpoint's contents. An error of any type where they do not fit this arm."""
-        trained = [line["step"] for line in saved["metrics"] if "train_loss" in line]
-        if trained != list(range(1, saved["step"] + 1)) or not saved["history"] or saved["seconds"] < 0:
-            raise ValueError("its step and its metrics do not belong together")
+        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
+            raise ValueError("history or seconds has a value that cannot be")
+        self.check_progress(saved["step"], saved["metrics"], saved["records"])
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
             self.fs.load_state_dict(saved["fs"])
         # learning rates and the like are the recipe's; a checkpoint holds the moments alone
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-        for parameter, moments in self.optimizer.state.items():
-            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("its optimizer does not fit its model")
+        if saved["step"] > 0:
+            self.check_moments(saved["step"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
+
+    def check_progress(self, step: int, metrics: list[dict], records: list[dict]) -> None:
+        """ValueError unless there is a loss for every step, and a record an example for every evaluation."""
+        losses = [line for line in metrics if "train_loss" in line]
+        check_shape(losses, [{"train_loss": float}], "metrics")
+        trained = [line["step"] for line in losses]
+        evaluated = [line["step"] for line in metrics if "train_loss" not in line]
+        due = list(range(0, len(trained), self.recipe.eval_every))
+        ids = [example.id for example in self.experiment.material.validation]
+        scored = [(place, id) for place in evaluated for id in ids]
+        if (len(trained) != step or trained != list(range(1, len(trained) + 1))
+                or evaluated not in (due, due + [step])    # the last one is made after a save
+                or [(line["step"], line["id"]) for line in records] != scored):
+            raise ValueError("its step, its metrics and its records do not belong together")
+
+    def check_moments(self, step: int) -> None:
+        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        parameters = list(self.model.parameters())
+        if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
+            parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
+        for parameter in parameters:
+            if parameter.requires_grad:
+                moments = self.optimizer.state[parameter]
+                fits = moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                if not fits or moments["step"].item() != step:
+                    raise ValueError("its optimizer does not fit its model")
 
     def save(self) -> None:
         """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
@@ -442,7 +482,9 @@ def train_arm(arm: Arm, interrupt: Interrupt) -> None:
         arm.save()
     interrupt.stop_if_requested()
     arm.score_controls()
-    arm.finish()
+    with interrupt.waiting(True):    # seconds, after which nothing is left half done
+        arm.finish()
+    interrupt.stop_if_requested()
 
 
 # ---- both arms of a seed -----------------------------------------------------------------------------------
@@ -471,6 +513,8 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
         states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
         for arm in args.arms:
             if states[arm] == "done":
+                # a run that is killed in its last moment is done, and its checkpoint is still there
+                (folder / arm / "checkpoint.pt").unlink(missing_ok=True)
                 say(f"{recipe.name} seed {seed} {arm}: this run is done; --fresh starts it over")
                 continue
             if states[arm] == "absent" and not args.fresh:
