@@ -9,6 +9,7 @@ put in HotpotQA's form.
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -60,7 +61,7 @@ LARGEST_FILE = 2_000_000_000    # bytes of a download of questions; ARC's archiv
 LARGEST_BASE = 30_000_000_000   # bytes of a base model: 13 billion weights in bf16, and some room
 LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
 SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up
-SECONDS_TO_BEGIN = 60           # and so is one that, after this time, has sent
+SECONDS_TO_BEGIN = 60           # and so is one that has sent, in any such time,
 SLOWEST = 20_000                # fewer bytes a second on average
 SECONDS_BETWEEN_LOOKS = 0.2     # at a file that is being received
 
@@ -231,17 +232,22 @@ def fetch(url: str, path: Path, largest: int) -> None:
             finished.set_exception(error)
 
     with open(path, "wb") as file:
-        progress, started = Progress(), time.monotonic()
+        progress = Progress()
+        watched_since, received_then = time.monotonic(), 0
         threading.Thread(target=receive, daemon=True).start()
         while not finished.done():
             wait([finished], timeout=SECONDS_BETWEEN_LOOKS)
-            received, seconds = file.tell(), time.monotonic() - started
+            received, seconds = file.tell(), time.monotonic() - watched_since
             if promised is not None and promised > largest:
                 raise OSError(f"it would be {promised:,} bytes, and at most {largest:,} are expected")
             if received > largest:
                 raise OSError(f"the server does not stop sending, after {received:,} bytes")
-            if seconds > SECONDS_TO_BEGIN and received < SLOWEST * seconds:
-                raise OSError(f"the server is too slow: {received:,} bytes in {seconds:.0f} s")
+            # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
+            if seconds > SECONDS_TO_BEGIN:
+                if received - received_then < SLOWEST * seconds:
+                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in "
+                                  f"{seconds:.0f} s")
+                watched_since, received_then = time.monotonic(), received
             progress.total = promised
             so_far = f"{received / 1e6:.0f} MB"
             if promised is not None:
@@ -251,6 +257,16 @@ def fetch(url: str, path: Path, largest: int) -> None:
         received = file.tell()
     if promised is not None and received < promised:
         raise OSError(f"the server sent {received:,} of {promised:,} bytes")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed download left in a folder, unless a process is downloading into it now."""
+    leftovers = list(folder.glob(".download-*"))
+    if leftovers:
+        # a folder that cannot be written, or that another process is working in, is left as it is
+        with contextlib.suppress(OSError), FileLock(folder / ".lock", timeout=0):
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool,
@@ -263,6 +279,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     bytes, that the file may be; by default LARGEST_FILE.
     Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
+    sweep(path.parent)
     try:
         if offline:
             raise OSError("downloads are off")
@@ -270,8 +287,6 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         with FileLock(path.parent / ".lock"):
             if path.exists():    # another process has fetched it meanwhile
                 return
-            for leftover in path.parent.glob(".download-*"):    # of a process that was killed
-                shutil.rmtree(leftover)
             say(f"downloading {path.name} from {url.split('/')[2]}")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 part = Path(folder, path.name)
@@ -343,6 +358,7 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
+    sweep(path.parent)
     if path.exists():
         return path
     if task == "arc":
