@@ -9,6 +9,7 @@ put in HotpotQA's form.
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -55,11 +56,12 @@ HOTPOTQA_SHA256 = {             # the publisher's; fetched without TLS, so its b
 HOTPOTQA_COPY_SHA256 = {        # the copy's; that of its training file is not known here
     "hotpot_dev_distractor_v1.json": "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
 }
+OWN_LINE = '{"context": "…", "question": "…", "answer": "…"}'    # of a user's own file
 LARGEST_FILE = 2_000_000_000    # bytes of a download of questions; ARC's archive is 680 MB
 LARGEST_BASE = 30_000_000_000   # bytes of a base model: 13 billion weights in bf16, and some room
 LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
 SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up
-SECONDS_TO_BEGIN = 60           # and so is one that, after this time, has sent
+SECONDS_TO_BEGIN = 60           # and so is one that has sent, in any such time,
 SLOWEST = 20_000                # fewer bytes a second on average
 SECONDS_BETWEEN_LOOKS = 0.2     # at a file that is being received
 
@@ -141,7 +143,7 @@ def read_own(record: dict) -> tuple[str, str, str, None]:
     for key, text in parts.items():
         if not text:
             raise ValueError(f"{key!r} is empty")
-    if "\n" in parts["answer"]:
+    if "\n" in parts["answer"] or "\r" in parts["answer"]:
         raise ValueError("'answer' has a line break, and an answer is one line")
     return *prompt_blocks("own", [parts["context"]], parts["question"]), parts["answer"], None
 
@@ -202,7 +204,7 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
 
 
 def loses_question(example: Example, order: str) -> bool:
-    """Whether the prompt's start was cut off, and its only question with it, as in the log."""
+    """Whether the prompt's start was cut off, and its only question, or a part of it, with it."""
     return example.cut and order == "question_first"
 
 
@@ -230,17 +232,22 @@ def fetch(url: str, path: Path, largest: int) -> None:
             finished.set_exception(error)
 
     with open(path, "wb") as file:
-        progress, started = Progress(), time.monotonic()
+        progress = Progress()
+        watched_since, received_then = time.monotonic(), 0
         threading.Thread(target=receive, daemon=True).start()
         while not finished.done():
             wait([finished], timeout=SECONDS_BETWEEN_LOOKS)
-            received, seconds = file.tell(), time.monotonic() - started
+            received, seconds = file.tell(), time.monotonic() - watched_since
             if promised is not None and promised > largest:
                 raise OSError(f"it would be {promised:,} bytes, and at most {largest:,} are expected")
             if received > largest:
                 raise OSError(f"the server does not stop sending, after {received:,} bytes")
-            if seconds > SECONDS_TO_BEGIN and received < SLOWEST * seconds:
-                raise OSError(f"the server is too slow: {received:,} bytes in {seconds:.0f} s")
+            # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
+            if seconds > SECONDS_TO_BEGIN:
+                if received - received_then < SLOWEST * seconds:
+                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in "
+                                  f"{seconds:.0f} s")
+                watched_since, received_then = time.monotonic(), received
             progress.total = promised
             so_far = f"{received / 1e6:.0f} MB"
             if promised is not None:
@@ -250,6 +257,16 @@ def fetch(url: str, path: Path, largest: int) -> None:
         received = file.tell()
     if promised is not None and received < promised:
         raise OSError(f"the server sent {received:,} of {promised:,} bytes")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed download left in a folder, unless a process is downloading into it now."""
+    leftovers = list(folder.glob(".download-*"))
+    if leftovers:
+        # a folder that cannot be written, or that another process is working in, is left as it is
+        with contextlib.suppress(OSError), FileLock(folder / ".lock", timeout=0):
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool,
@@ -262,6 +279,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     bytes, that the file may be; by default LARGEST_FILE.
     Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
+    sweep(path.parent)
     try:
         if offline:
             raise OSError("downloads are off")
@@ -269,8 +287,6 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         with FileLock(path.parent / ".lock"):
             if path.exists():    # another process has fetched it meanwhile
                 return
-            for leftover in path.parent.glob(".download-*"):    # of a process that was killed
-                shutil.rmtree(leftover)
             say(f"downloading {path.name} from {url.split('/')[2]}")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 part = Path(folder, path.name)
@@ -324,7 +340,10 @@ def unpack_member(members: zipfile.ZipFile, name: str, path: Path) -> None:
 
 def check_records(path: Path, published: int) -> None:
     """ValueError unless a file holds as many records as the published one."""
-    found = len(read_records(path))
+    try:
+        found = len(parse_records(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not the published file: {error}") from None
     if found != published:
         raise ValueError(f"not the published file: it holds {found:,} records, which should be {published:,}")
 
@@ -339,6 +358,7 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
+    sweep(path.parent)
     if path.exists():
         return path
     if task == "arc":
@@ -363,16 +383,21 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     return path
 
 
+def parse_records(path: Path) -> list:
+    """Every record of a .json or .jsonl file. ValueError, or RecursionError, where they cannot be read."""
+    if path.suffix == ".json":
+        records = json.loads(read_text(path))
+    else:
+        records = [json.loads(line) for _, line in read_lines(path)]
+    if not isinstance(records, list) or not records:
+        raise ValueError("no records")
+    return records
+
+
 def read_records(path: Path) -> list:
-    """Every record of a .json or .jsonl file. ValueError names the file."""
+    """Every record of a publisher's file. ValueError names the file and says what to do."""
     try:
-        if path.suffix == ".json":
-            records = json.loads(read_text(path))
-        else:
-            records = [json.loads(line) for _, line in read_lines(path)]
-        if not isinstance(records, list) or not records:
-            raise ValueError("no records")
-        return records
+        return parse_records(path)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut off ({error}). Delete it, and it is fetched "
                          "again.") from None
@@ -425,11 +450,15 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
                          f"{min_prompt}); {remedy}")
     if len({example.id for example in examples}) < len(examples):
         raise ValueError(f"{path}: two of its records have the same id; restore the published file")
+    tell_lost_questions(examples, path, order, max_prompt)
+    return examples
+
+
+def tell_lost_questions(examples: Sequence[Example], path: Path, order: str, max_prompt: int) -> None:
     lost = sum(loses_question(example, order) for example in examples)
     if lost:
-        say(f"note: {lost} of {counted(len(examples), 'prompt')} of {path.name} had more than {max_prompt} "
-            "tokens and lost the question, which came first, as in the log")
-    return examples
+        say(f"note: {lost} of {counted(len(examples), 'prompt')} of {path.name} had more than max_prompt = "
+            f"{max_prompt} tokens and lost the question, or a part of it, which came first")
 
 
 def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, max_answer: int, n: int,
@@ -442,37 +471,64 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
     """
     path = folder / f"{split}.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: write one JSON object a line there, with context, "
-                                "question and answer")
-    tokenizer, examples, places = Tokenizer(), [], {}
-    for number, line in read_lines(path):
+        raise FileNotFoundError(f"{path} is missing. Write one JSON object a line there: {OWN_LINE}")
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError as error:
+        number = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {number}: the file is not UTF-8. Save it as UTF-8.") from None
+    tokenizer = Tokenizer()
+    examples, line_of, short = [], {}, 0
+    for number, line in lines:
         if len(examples) == n:
             break
         try:
-            record = json.loads(line)
-            if isinstance(record, dict):
-                given = record.get("id", number)
-                record = record | {"id": str(given) if type(given) is int else given}
+            record = own_record(line, number)
             example = make_example("own", record, tokenizer, order=order, max_prompt=max_prompt,
                                    max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{path}, line {number}: {error}. A line should be {OWN_LINE}") from None
+        if record["id"] in line_of:
+            raise ValueError(f"{path}, line {number}: its id {record['id']!r} is that of line "
+                             f"{line_of[record['id']]}. Give every line an id of its own, or none.")
+        line_of[record["id"]] = number
         if example is None:
-            continue    # shorter than min_prompt
-        if example.id in places:
-            raise ValueError(f"{path}, line {number}: its id {example.id!r} is that of line "
-                             f"{places[example.id]}")
-        places[example.id] = number
-        examples.append(example)
+            short += 1
+        else:
+            examples.append(example)
+    # one validation question would leave nothing to estimate an error from
     least = 1 if split == "train" else 2
     if len(examples) < least:
-        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used, and "
-                         f"{counted(least, 'question')} are needed")
+        remedy = f"Write at least {least}, one JSON object a line: {OWN_LINE}"
+        if short:
+            remedy = f"Lower min_prompt = {min_prompt}: {counted(short, 'prompt')} had fewer tokens."
+        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used. {remedy}")
+    text = f"{path}: {counted(len(examples), 'question')}"
+    if len(line_of) < len(lines):
+        text += f", the first of {counted(len(lines), 'line')}"
+    if short:
+        text += f"; {short} more had fewer than min_prompt = {min_prompt} tokens"
+    say(text)
     cut = sum(example.cut for example in examples)
-    say(f"{path}: {counted(len(examples), 'question')}")
-    if cut:
+    if order == "question_first":
+        tell_lost_questions(examples, path, order, max_prompt)
+    elif cut:
         say(f"note: {cut} of them had more than max_prompt = {max_prompt} tokens and lost their start")
     return examples
+
+
+def own_record(line: str, number: int) -> dict:
+    """A user's own record from its line, with its id as text. ValueError where it is no object with an id."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(record, dict):
+        raise ValueError("this is not a JSON object")
+    id = record.get("id", number)
+    if type(id) not in (str, int) or id == "":
+        raise ValueError("'id' should be text or a whole number, or not be there")
+    return record | {"id": str(id)}
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
