@@ -152,6 +152,16 @@ def shown(value) -> str:
         return "a number of thousands of digits"
 
 
+def of_type(kind: type, key: str, value, where: str):
+    """The value, which must be of this type, and a number one that fp32 can hold; ValueError otherwise."""
+    fits = type(value) is kind
+    if kind is float:
+        fits = is_number(value)
+    if not fits:
+        raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
+    return value
+
+
 def checked(key: str, value, where: str):
     """A setting's value, of its type and within its bounds; ValueError in one line otherwise."""
     if key == "seeds":
@@ -159,10 +169,7 @@ def checked(key: str, value, where: str):
     if key not in SETTINGS:
         raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
     kind, bounds = SETTINGS[key].type, SETTINGS[key].metadata
-    if kind is float and is_number(value):
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
+    value = kind(of_type(kind, key, value, where))    # 1 is 1.0 where a float is meant
     if kind is int and value >= LARGEST_INT:
         raise ValueError(f"{where}: {key} must be less than {LARGEST_INT:,}, not {shown(value)}")
     if kind in (int, float):
@@ -252,16 +259,6 @@ def read_round_table(name: str, table: dict, above: dict[str, Round], where: str
         if key not in own:
             raise ValueError(f"{where}: {key} is missing, and so is inherits")
     return Round(**own)
-
-
-def of_type(kind: type, key: str, value, where: str):
-    """A value that is not a setting's, of its type; ValueError otherwise."""
-    fits = type(value) is kind
-    if kind is float:
-        fits = is_number(value)
-    if not fits:
-        raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
-    return value
 
 
 def checked_seeds(key: str, value, where: str) -> tuple[int, ...]:

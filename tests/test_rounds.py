@@ -98,11 +98,11 @@ def test_recipe_and_results(name):
 
 
 @pytest.mark.parametrize("names, parents, changed", [
-    ("R3 R5 R12d R12b R14b S6 S9", "R2 R4 R12c R12a R14a S1 S3", "order"),
+    ("R3 R5 R7 R12d R12b R14b S6 S9", "R2 R4 R6 R12c R12a R14a S1 S3", "order"),
     ("S22 S23 S24 S26", "S20 S21 S20 S21", "order"),
     ("S25 S27", "S20 S21", "order max_prompt"),
     ("S20", "S12", "end_mark"),
-    ("R7 S21", "R6 S15", ""),
+    ("S21", "S15", ""),
     ("R8 R11", "R6 R10", "alpha_init"),
     ("R9a R9b", "R2 R6", "fs_alpha_schedule fs_alpha_min"),
     ("R14a", "R12a", "batch_size"),
@@ -192,7 +192,7 @@ ON_THE_BOUND = ["grad_clip=0.0", "lr=0.0", "rehearsal=1.0", "rehearsal=0.0", "al
                 "weight_decay=0.0", "fs_clip=0.0", "fs_scale=0.0", "facts=32", "facts=0", "facts_first=2",
                 "channels=16", "n_val=2", "steps=0", "max_prompt=1", "alpha_init=-40.0", "warm_up=0"]
 NO_NUMBERS = ["steps=2.0", "steps=true", "steps=[1]", "steps=two", "steps=", "lr=x", "lr=nan", "lr=inf",
-              "lr=1e39", "lr=true", "lr={}", "lr=1979-05-27", "lr=1" + 400 * "0", "steps=1" + 18 * "0",
+              "lr=1e39", "alpha_init=nan", "alpha_init=-inf", "lr=true", "lr={}", "lr=1979-05-27", "lr=1" + 400 * "0", "steps=1" + 18 * "0",
               "steps=0x" + 5000 * "f", "lr=0x" + 5000 * "f", "steps=" + 5000 * "9"]
 NO_SETTINGS = ["step=3", "=3", "name=R1", "log=1", "title=x", "primary=true", "registered=[1]", "inherits=R2",
                "seeds=[3, 4]"]
@@ -448,7 +448,7 @@ def variants(table, junk):
             yield table[:i] + [junk] + table[i + 1:]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=VALUES)
 def test_any_value_in_any_place_is_read_or_refused(tmp_path, junk):
     """Whatever stands in whatever place: the rounds that are read are sound, or one line names the file.
