@@ -51,7 +51,7 @@ from typing import Iterator, NamedTuple
 import torch
 
 import standin
-from data import (LARGEST_BASE, Example, batches, collate, download, fingerprint, load_examples,
+from data import (Example, batches, collate, download, fingerprint, load_examples,
                   load_own_examples, loses_question)
 from eval import answer_budget, means_of, score
 from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
@@ -134,7 +134,7 @@ def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tupl
         return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
     path = assets / "weights" / choice if published else Path(choice)
     if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline, largest=LARGEST_BASE)
+        download(BASE_URL + choice, path, RWKV7.load, offline)
     return RWKV7.load(path), path.name
 
 
