@@ -574,7 +574,8 @@ def refused(task: str, assets: Path, words: str = "", offline=False) -> str:
 
 
 @pytest.mark.parametrize("fault, content, words", [
-    (404, GOOD, "404"), (500, GOOD, "500"), ("cut", GOOD, "bytes"), ("no length, cut", GOOD, "sha256 differs"),
+    (404, GOOD, "404"), (500, GOOD, "500"), ("cut", GOOD, "bytes"),
+    ("no length, cut", GOOD, "sha256 differs"),
     ("promises more", GOOD, "bytes"), ("promises less", GOOD, "sha256 differs"),
     ("wrong length", GOOD, "invalid literal"), (None, b"", "sha256 differs"),
     (None, b"<html>Sign in", "sha256 differs"), (None, GOOD[:-1] + b" ]", "sha256 differs"),
