@@ -62,7 +62,9 @@ LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
 SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up,
 SECONDS_TO_BEGIN = 60           # and so is one that has not begun to send the file after this time,
 SLOWEST = 20_000                # or that sends fewer bytes a second than this for as long
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError)
+# what zipfile raises for an archive that is damaged; OSError for a place before its beginning
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
+                   OSError)
 
 
 @dataclass(frozen=True)
@@ -356,8 +358,8 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
-    sweep(path.parent)
     if path.exists():
+        sweep(path.parent)
         return path
     if task == "arc":
         download(ARC_ARCHIVE, path, lambda archive: None, offline,
@@ -516,8 +518,8 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
     if split == "validation":
         least = 2    # one difference has no spread
     if len(examples) < least:
-        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used, and "
-                         f"{counted(least, 'question')} are needed")
+        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used. Write at "
+                         f"least {counted(least, 'question')} there.")
     say(f"{path}: {counted(len(examples), 'question')}")
     cut = sum(example.cut for example in examples)
     if cut:
