@@ -1,32 +1,39 @@
-"""The tasks: records into prompts and answers, their files and downloads, and batches.
+"""The tasks: records into prompts and answers, their files and downloads, your own questions, and batches.
 
 ARC-Challenge (Clark et al. 2018, arXiv:1803.05457): a question, three to five labelled options, the answer a
 label. HotpotQA, distractor setting (Yang et al. 2018, arXiv:1809.09600): ten paragraphs, a question, a short
 answer. Both are read in their publishers' own formats, from an assets folder or downloaded into it. Prompts,
-length rules and the way examples are drawn are the experiment log's, byte for byte.
+length rules and the way examples are drawn are the experiment log's, byte for byte. Your own questions are
+put in HotpotQA's form.
 
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
+import lzma
 import math
+import queue
 import random
-import re
-import socket
+import shutil
+import struct
 import tempfile
+import threading
+import time
 import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
+from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 
-from files import say
+from files import Progress, counted, read_lines, read_text, say
 from tokenizer import Tokenizer
 
 # (task, split): file under the assets folder, records in the published file
@@ -38,15 +45,24 @@ FILES = {
     ("hotpotqa", "validation"): ("hotpotqa/hotpot_dev_distractor_v1.json", 7_405),
 }
 ARC_ARCHIVE = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
-ARC_FOLDER = "ARC-V1-Feb2018-2/ARC-Challenge/"      # inside the archive
+ARC_FOLDER = "ARC-V1-Feb2018-2/ARC-Challenge/"      # inside the archive, which is 680 MB for 1 MB of it
 HOTPOTQA_FOLDER = "http://curtis.ml.cmu.edu/datasets/hotpot/"
-HOTPOTQA_SHA256 = {             # fetched without TLS, so its bytes are checked
+# a community's copy of the same files, for the publisher's server is not always there
+HOTPOTQA_COPY = ("https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
+                 "7e54db4656209750ff487f6fdf8e39a66dba136b/")
+HOTPOTQA_SHA256 = {             # the publisher's; fetched without TLS, so its bytes are checked
     "hotpot_train_v1.1.json": "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
     "hotpot_dev_distractor_v1.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
 }
-CHUNK = 1 << 18                 # bytes at the end of an archive that hold its table of contents, and more
-LARGEST_MEMBER = 1 << 26        # bytes of one member of an archive: it is read into memory
-SECONDS_TO_ANSWER = 10          # a server that does not answer in time is given up
+HOTPOTQA_COPY_SHA256 = {        # the copy's; that of its training file is not known here
+    "hotpot_dev_distractor_v1.json": "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
+}
+LARGEST_FILE = 8_000_000_000    # bytes of a download; RWKV-7 with 2.9 billion weights has 5.9
+LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
+SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up,
+SECONDS_TO_BEGIN = 60           # and so is one that has not begun to send the file after this time,
+SLOWEST = 20_000                # or that sends fewer bytes a second than this for as long
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Example:
     text: str                               # the gold answer: "A", "Barack Obama"
     choices: dict[str, int] | None          # ARC: label -> its first token; HotpotQA: None
     tail: int                               # the prompt's last tokens that come after its first block
+    cut: bool = False                       # was it longer than max_prompt, so that it lost its start?
 
 
 # ---- records into prompts ----------------------------------------------------------------------------------
@@ -97,8 +114,8 @@ def read_arc(record: dict) -> tuple[str, str, str, list[str]] | None:
         return None
     if len(set(labels)) < len(labels) or answer not in labels:
         raise ValueError(f"the answer {answer!r} should be one of the labels {labels}, each given once")
-    context = "Options:\n" + "\n".join(f"{label}. {text}" for label, text in options)
-    return context, f"Question:\n{stem}", answer, labels
+    context, question = prompt_blocks("arc", [f"{label}. {text}" for label, text in options], stem)
+    return context, question, answer, labels
 
 
 def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
@@ -112,127 +129,292 @@ def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
         title, sentences = paragraph
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"a sentence of the paragraph {title!r} is not a str")
-        pieces.append(clean(title) and clean(title) + ":")
-        pieces.append(" ".join(filter(None, map(clean, sentences))))
-    context = "\n\n".join(filter(None, pieces))
-    if not question or not answer or not context:
+        sentences = [clean(sentence) for sentence in sentences]
+        text = " ".join(sentence for sentence in sentences if sentence)
+        if clean(title):
+            pieces.append(clean(title) + ":")
+        if text:
+            pieces.append(text)
+    if not question or not answer or not pieces:
         return None
-    return f"Context:\n{context}", f"Question:\n{question}", answer, None
+    context, question = prompt_blocks("hotpotqa", pieces, question)
+    return context, question, answer, None
+
+
+def read_own(record: dict) -> tuple[str, str, str, None]:
+    """A user's own record -> context, question, answer, None. ValueError where one of them is missing."""
+    parts = {key: field(record, key, str).strip() for key in ("context", "question", "answer")}
+    for key, text in parts.items():
+        if not text:
+            raise ValueError(f"{key!r} is empty")
+    if "\n" in parts["answer"]:
+        raise ValueError("'answer' has a line break, and an answer is one line")
+    context, question = prompt_blocks("own", [parts["context"]], parts["question"])
+    return context, question, parts["answer"], None
+
+
+def prompt_blocks(task: str, context: list[str], question: str) -> tuple[str, str]:
+    """The two blocks that `arrange` puts into order: paragraphs or options, and the question."""
+    if task == "arc":
+        return "Options:\n" + "\n".join(context), f"Question:\n{question}"
+    return "Context:\n" + "\n\n".join(context), f"Question:\n{question}"
+
+
+def answer_cue(task: str, arc_border: str = "log") -> str:
+    """What a prompt ends with. The log's ARC prompt ends in a space, and its answer has none; the tokenizer
+    itself would write the space as part of the answer, as it does with arc_border "token" and in HotpotQA."""
+    if task == "arc" and arc_border == "log":
+        return "\n\nAnswer: "
+    return "\n\nAnswer:"
 
 
 def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, max_prompt: int,
-                 max_answer: int, min_prompt: int = 0) -> Example | None:
-    """One official record as an Example, or None where the log's rules leave it out.
+                 max_answer: int, min_prompt: int = 0, end_mark: bool = False,
+                 arc_border: str = "log") -> Example | None:
+    """One record as an Example, or None where the log's rules leave it out.
 
-    Args: order, see `arrange`; lengths in tokens. Prompts keep their last max_prompt tokens, those shorter
-    than min_prompt are left out, answers keep their first max_answer tokens. ValueError if malformed.
+    Args: task, "arc", "hotpotqa" or "own", says how the record is read; order, see `arrange`; lengths in
+    tokens. Prompts keep their last max_prompt tokens, those shorter than min_prompt are left out, and answers
+    keep their first max_answer tokens. With end_mark the line break follows, where the answer was not cut.
+    ValueError if malformed.
     """
-    parts = read_arc(record) if task == "arc" else read_hotpotqa(record)
+    parts = {"arc": read_arc, "hotpotqa": read_hotpotqa, "own": read_own}[task](record)
     if parts is None:
         return None
     context, question, answer, labels = parts
-    # the log's ARC prompt ends in a space and the answer has none; with HotpotQA it is the other way round
-    end, space = ("\n\nAnswer: ", "") if task == "arc" else ("\n\nAnswer:", " ")
+    cue = answer_cue(task, arc_border)
+    space = "" if cue.endswith(" ") else " "
 
     def encoded(blocks: list[str]) -> list[int]:
-        return tokenizer.encode("\n\n".join(blocks) + end)
+        return tokenizer.encode("\n\n".join(blocks) + cue)
 
     blocks = arrange(order, context, question)
-    prompt = encoded(blocks)[-max_prompt:]
-    # what says a thing twice is measured as if it did not, so that all orders have the same records
-    if len(prompt if len(blocks) == 2 else encoded([context, question])) < min_prompt:
+    whole = encoded(blocks)
+    prompt = whole[-max_prompt:]
+    # min_prompt applies to the unrepeated prompt, so that every order keeps the same records
+    measured = prompt if len(blocks) == 2 else encoded([context, question])
+    if len(measured) < min_prompt:
         return None
     tail = min(len(encoded(blocks[1:])), len(prompt))
-    choices = {label: tokenizer.encode(label)[0] for label in labels} if labels else None
-    id = field(record, "id" if task == "arc" else "_id", str)
-    answer_tokens = tokenizer.encode(space + answer)[:max_answer]
-    return Example(id, prompt, answer_tokens, answer, choices, tail)
+    choices = None
+    if labels:
+        choices = {label: tokenizer.encode(space + label)[0] for label in labels}
+    answer_tokens = tokenizer.encode(space + answer)
+    if end_mark and len(answer_tokens) <= max_answer:
+        answer_tokens = answer_tokens + tokenizer.encode("\n")
+    else:
+        answer_tokens = answer_tokens[:max_answer]
+    id = field(record, "_id" if task == "hotpotqa" else "id", str)
+    return Example(id, prompt, answer_tokens, answer, choices, tail, cut=len(whole) > len(prompt))
+
+
+def loses_question(example: Example, order: str) -> bool:
+    """Whether the prompt's start was cut off, and its only question with it, as in the log."""
+    return example.cut and order == "question_first"
 
 
 # ---- files of records --------------------------------------------------------------------------------------
 
-def fetch_part(url: str, part: str, file: BinaryIO) -> None:
-    """Ask for a part of a file, as in "0-99" or "-100", and write it where it stands in the whole."""
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={part}"})) as answer:
-        place = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-        if answer.status != 206 or not place:
-            raise OSError("the server did not send the part asked for")
-        file.seek(int(place[1]))
-        file.write(answer.read())
+def ask_server(url: str) -> http.client.HTTPResponse:
+    """The server's answer, once its headers are here. OSError where they do not come in time.
 
-
-def read_member(url: str, name: str) -> bytes:
-    """A member of a zip archive on a server, without fetching the rest of it (for ARC: 1 MB of 680)."""
-    try:
-        with tempfile.TemporaryFile() as file:    # as long as the archive, but with nothing in its gaps
-            fetch_part(url, f"-{CHUNK}", file)    # an archive ends with its table of contents
-            with zipfile.ZipFile(file) as archive:
-                member = archive.getinfo(name)
-                if member.file_size > LARGEST_MEMBER:
-                    raise ValueError(f"{name} is larger than it should be")
-                end = member.header_offset + member.compress_size + CHUNK
-                fetch_part(url, f"{member.header_offset}-{end}", file)
-                return archive.read(name)
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"damaged archive: {error}") from error
-
-
-def download(url: str, path: Path, check: Callable[[Path], object], offline: bool, member: str = "") -> None:
-    """Fetch url, or a member of the zip archive there, to path: whole and checked or not at all.
-
-    Args: check, called with the file before it gets its name, raises ValueError to refuse it.
-    Raises FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
+    A timeout of urlopen starts anew with every byte that comes, so headers that come a byte a second would be
+    waited for without end. A thread waits for them, and is left behind if need be.
     """
+    outcomes = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            outcomes.put(urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER))
+        except Exception as error:    # it belongs to the thread that asked for the file
+            outcomes.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        outcome = outcomes.get(timeout=SECONDS_TO_BEGIN)
+    except queue.Empty:
+        raise OSError(f"the server is too slow: no answer in {SECONDS_TO_BEGIN} s") from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def fetch(url: str, path: Path) -> None:
+    """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all."""
+    with ask_server(url) as answer, open(path, "wb") as file:
+        promised = int(answer.headers.get("Content-Length") or 0)
+        if promised > LARGEST_FILE:
+            raise OSError(f"it would be {promised:,} bytes")
+        progress, received = Progress(promised), 0
+        watched_since, received_then = time.monotonic(), 0
+        while part := answer.read1(1 << 16):    # read1 gives what there is; read would wait for all of it
+            file.write(part)
+            received += len(part)
+            if received > LARGEST_FILE:
+                raise OSError(f"the server does not stop sending, after {received:,} bytes")
+            # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
+            seconds = time.monotonic() - watched_since
+            if seconds > SECONDS_TO_BEGIN:
+                if received - received_then < SLOWEST * seconds:
+                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in the last "
+                                  f"{seconds:.0f} s")
+                watched_since, received_then = time.monotonic(), received
+            so_far = f"{received / 1e6:.0f} MB"
+            if promised:
+                so_far += f" of {promised / 1e6:.0f} MB"
+            progress.tick(received, f"downloading {path.name}: {so_far}")
+    if received < promised:
+        raise OSError(f"the server sent {received:,} of {promised:,} bytes")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed download left in a folder, unless another process is downloading into it now."""
+    leftovers = list(folder.glob(".download-*"))
+    if leftovers:
+        with contextlib.suppress(OSError), FileLock(folder / ".lock", timeout=0):
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
+
+
+def download(url: str, path: Path, check: Callable[[Path], object], offline: bool,
+             unpack: Callable[[Path], None] | None = None, member: str = "") -> None:
+    """Fetch url to path, whole and checked or not at all. One process at a time does this in a folder.
+
+    Args: check, called with the file before it gets its name, raises ValueError to refuse it; unpack, what to
+    do with the file in place of keeping it; member, what a person would have to take out of it.
+    Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
+    """
+    sweep(path.parent)
     try:
         if offline:
             raise OSError("downloads are off")
-        say(f"downloading {path.name} from {url.split('/')[2]}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(SECONDS_TO_ANSWER)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            part = Path(folder, path.name)
-            if member:
-                part.write_bytes(read_member(url, member))
-            else:
-                torch.hub.download_url_to_file(url, str(part))
-            check(part)
-            part.rename(path)
+        with FileLock(path.parent / ".lock"):
+            if path.exists():    # another process has fetched it meanwhile
+                return
+            say(f"downloading {path.name} from {url.split('/')[2]}")
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+                part = Path(folder, path.name)
+                fetch(url, part)
+                check(part)
+                if unpack is None:
+                    part.rename(path)
+                else:
+                    unpack(part)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FileNotFoundError(f"{path} is missing, no download ({error}); fetch {url} by hand and put "
-                                f"{member or 'it'} there") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(f"could not download {path}: {reason}. Download {url} yourself and save "
+                                f"{member or 'it'} as {path}.") from None
+
+
+def unpack_arc(archive: Path, folder: Path) -> None:
+    """Take ARC-Challenge's three files out of the archive. ValueError, and none is kept, if one is wrong.
+
+    A file that is in the folder already is left alone.
+    """
+    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
+        for (task, _), (name, published) in FILES.items():
+            if task == "arc":
+                path = Path(place, Path(name).name)
+                path.write_bytes(read_member(archive, ARC_FOLDER + path.name))
+                check_records(path, published)
+        for path in Path(place).iterdir():
+            if not (folder / path.name).exists():
+                path.rename(folder / path.name)
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    """One file out of a zip archive. ValueError if it is missing, damaged or too large."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            member = members.getinfo(name)
+            if member.file_size > LARGEST_MEMBER:
+                raise ValueError(f"{name} would be {member.file_size:,} bytes")
+            with members.open(member) as file:
+                # with a bound, for without one zipfile unpacks everything before it looks at the size
+                return file.read(LARGEST_MEMBER)
+    except KeyError:
+        raise ValueError(f"the archive has no {name}") from None
+    except DAMAGED_ARCHIVE as error:
+        raise ValueError(f"the archive is damaged: {error}") from None
+
+
+def check_records(path: Path, published: int) -> None:
+    """ValueError unless a file holds as many records as the published one."""
+    found = len(parse_records(path))
+    if found != published:
+        raise ValueError(f"not the published file: it holds {found:,} records, which should be {published:,}")
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+            raise ValueError("not the published file: its sha256 differs")
 
 
 def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
+    sweep(path.parent)
+    if path.exists():
+        return path
+    if task == "arc":
+        download(ARC_ARCHIVE, path, lambda archive: None, offline,
+                 unpack=lambda archive: unpack_arc(archive, path.parent), member=ARC_FOLDER + path.name)
+        return path
 
-    def check(file: Path) -> None:
-        content = file.read_bytes()
-        if task == "arc" and len(content.splitlines()) != published:
-            raise ValueError(f"not the published file: it should hold {published:,} records")
-        if task == "hotpotqa" and hashlib.sha256(content).hexdigest() != HOTPOTQA_SHA256[path.name]:
-            raise ValueError("not the published file: its sha256 differs")
+    def check_copy(file: Path) -> None:
+        if path.name in HOTPOTQA_COPY_SHA256:
+            check_sha256(file, HOTPOTQA_COPY_SHA256[path.name])
+        check_records(file, published)
 
-    url, member = (ARC_ARCHIVE, ARC_FOLDER) if task == "arc" else (HOTPOTQA_FOLDER + path.name, "")
-    if not path.exists():
-        download(url, path, check, offline, member and member + path.name)
+    try:
+        download(HOTPOTQA_FOLDER + path.name, path,
+                 lambda file: check_sha256(file, HOTPOTQA_SHA256[path.name]), offline)
+    except FileNotFoundError as error:
+        if offline:
+            raise
+        say(f"note: {error}")
+        say("note: trying a community's copy, which is another file of the same records")
+        download(HOTPOTQA_COPY + path.name, path, check_copy, offline)
     return path
 
 
 def read_records(path: Path) -> list:
     """Every record of a .json or .jsonl file. ValueError names the file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in filter(str.strip, text.splitlines())]
-        if not isinstance(records, list) or not records:
-            raise ValueError("no records")
-        return records
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged or cut off ({error}); delete it to fetch it again") from None
+        return parse_records(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}). Delete it, and it is fetched "
+                         "again.") from None
+
+
+def parse_records(path: Path) -> list:
+    """The records of a .json file, which holds a list, or of a .jsonl file, which holds one a line."""
+    if path.suffix == ".json":
+        records = parse_json(read_text(path))
+    else:
+        records = []
+        for number, line in read_lines(path):
+            try:
+                records.append(parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise ValueError("no records")
+    return records
+
+
+def parse_json(text: str):
+    """A JSON value. ValueError, in one line, if it is none; its place is told without Python's line number,
+    which would be 1 for every line of a .jsonl file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: too deeply nested") from None
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -243,7 +425,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_prompt: int = 0, max_answer: int,
-                  n: int | None, seed: int, assets: str | Path, offline: bool = False) -> list[Example]:
+                  n: int | None, seed: int, assets: str | Path, offline: bool = False, end_mark: bool = False,
+                  arc_border: str = "log") -> list[Example]:
     """The first n examples that qualify, of the records shuffled by `seed`, as in the log.
 
     Args: task, "arc" or "hotpotqa"; split, "train" or "validation" (ARC has "test" too); n, None for all;
@@ -266,17 +449,82 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
             break
         try:
             example = make_example(task, records[i], tokenizer, order=order, max_prompt=max_prompt,
-                                   max_answer=max_answer, min_prompt=min_prompt)
-        except (ValueError, RecursionError) as error:
+                                   max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark,
+                                   arc_border=arc_border)
+        except ValueError as error:
             raise ValueError(f"{path}: record {i + 1}: {error}") from None
         if example is not None:
             examples.append(example)
     if not examples or len(examples) < (n or 0):
         setting = "n_train" if split == "train" else "n_val"
+        remedy = f"lower {setting} = {n}"
+        if min_prompt > 0:
+            remedy += " or min_prompt"
         raise ValueError(f"{path}: only {len(examples)} of {len(records)} records qualify (min_prompt = "
-                         f"{min_prompt}); lower {setting} = {n}" + " or min_prompt" * (min_prompt > 0))
+                         f"{min_prompt}); {remedy}")
     if len({example.id for example in examples}) < len(examples):
         raise ValueError(f"{path}: two of its records have the same id; restore the published file")
+    lost = sum(loses_question(example, order) for example in examples)
+    if lost:
+        say(f"note: {lost} of {counted(len(examples), 'prompt')} of {path.name} had more than {max_prompt} "
+            "tokens and lost the question, which came first, as in the log")
+    return examples
+
+
+def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, max_answer: int, n: int,
+                      min_prompt: int = 0, end_mark: bool = False) -> list[Example]:
+    """A user's own questions, the first n in the order of the file.
+
+    Args: folder, with train.jsonl and validation.jsonl, one JSON object a line: context, question, answer,
+    and perhaps id (else the line's number); split, "train" or "validation"; the rest as in make_example.
+    Raises: FileNotFoundError without the file; ValueError that names file, line and what is wrong.
+    """
+    path = Path(folder, f"{split}.jsonl")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: write one JSON object a line there, with context, "
+                                "question and answer")
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from None
+    tokenizer = Tokenizer()
+    examples, places, short = [], {}, 0
+    for number, line in lines:
+        if len(examples) == n:
+            break
+        try:
+            record = parse_json(line)
+            if isinstance(record, dict):
+                given = record.get("id", number)
+                record = record | {"id": str(given) if type(given) is int else given}
+            example = make_example("own", record, tokenizer, order=order, max_prompt=max_prompt,
+                                   max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if example is None:
+            short += 1
+            continue
+        if example.id in places:
+            raise ValueError(f"{path}, line {number}: its id {example.id!r} is that of line "
+                             f"{places[example.id]}")
+        places[example.id] = number
+        examples.append(example)
+    if short:
+        say(f"note: {short} of the {counted(len(lines), 'question')} in {path} had fewer than min_prompt = "
+            f"{min_prompt} tokens and are left out")
+    least = 1
+    if split == "validation":
+        least = 2    # one difference has no spread
+    if len(examples) < least:
+        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used, and "
+                         f"{counted(least, 'question')} are needed")
+    say(f"{path}: {counted(len(examples), 'question')}")
+    cut = sum(example.cut for example in examples)
+    if cut:
+        lost = "their start"
+        if order == "question_first":
+            lost = "the question, which came first"
+        say(f"note: {cut} of them had more than max_prompt = {max_prompt} tokens and lost {lost}")
     return examples
 
 
@@ -310,13 +558,15 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
 
 def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists -> (B, T) int64, right-padded with 0, and their lengths (B,)."""
+    """Token lists -> (B, T) int64 on `device`, right-padded with 0, and their lengths (B,) on the CPU, where
+    the model looks at them without waiting for a GPU."""
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return padded.to(device), lengths.to(device)
+    return padded.to(device), torch.tensor([len(row) for row in rows])
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
-    """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them."""
-    return (*pad([example.prompt for example in examples], device),
-            *pad([example.answer for example in examples], device))
+    """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them, but the
+    answers' lengths on `device`, where the loss needs them."""
+    prompt, prompt_lengths = pad([example.prompt for example in examples], device)
+    answer, answer_lengths = pad([example.answer for example in examples], device)
+    return prompt, prompt_lengths, answer, answer_lengths.to(device)

@@ -23,6 +23,7 @@ Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
@@ -35,7 +36,7 @@ GATES = ("scalar", "head", "heads", "input")
 
 
 class FutureSeed(nn.Module):
-    """Makes the seed states; an instance is the `seed` hook of `model.RWKV7.forward`.
+    """Makes the seed states; an instance is the `seed_state` hook of `model.RWKV7.forward`.
 
     Args:
         config: sizes of the model that it seeds.
@@ -52,15 +53,21 @@ class FutureSeed(nn.Module):
         train_alpha: train the alphas; otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
+    Warns: where no layer of the model would be seeded.
     """
 
     def __init__(self, config: Config, alpha=-2.0, layer_start=6, norm=True, detach=True, clip=1.0, scale=1.0,
                  schedule="none", schedule_min=1.0, schedule_max=1.0, gate="scalar", train_alpha=False):
         super().__init__()
-        for name, value, choices in (("schedule", schedule, SCHEDULES), ("gate", gate, GATES)):
-            if value not in choices:
-                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if gate not in GATES:
+            raise ValueError(f"gate = {gate!r}: must be one of {', '.join(GATES)}")
+        self.config = config
         self.layer_start = max(1, layer_start)
+        if self.layer_start >= config.n_layer:
+            warnings.warn(f"this FutureSeed seeds no layer: layer_start is {layer_start}, and the model's "
+                          f"layers are 0 to {config.n_layer - 1}", stacklevel=2)
         self.norm = norm
         self.detach = detach
         self.clip = clip
@@ -79,13 +86,18 @@ class FutureSeed(nn.Module):
 
     def gate_of(self, layer: int, x_last: torch.Tensor) -> torch.Tensor:
         """How much of the state below comes through, broadcastable to (B, H, N, N)."""
-        gate = 1.0 if self.gate == "heads" else torch.sigmoid(self.alpha[layer])
-        if self.gate in ("head", "heads"):
-            gate = gate * torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
-        if self.gate == "input":
+        if self.gate == "scalar":
+            gate = torch.sigmoid(self.alpha[layer])                                    # ()
+        elif self.gate == "heads":
+            gate = torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)                # (H, 1, 1)
+        elif self.gate == "head":
+            of_head = torch.sigmoid(self.alpha_head[layer]).view(-1, 1, 1)
+            gate = torch.sigmoid(self.alpha[layer]) * of_head                          # (H, 1, 1)
+        else:
             # a sum and not a matrix product, which autocast would round to bf16
             drive = (x_last.float() * self.input_weight[layer]).sum(dim=-1) / math.sqrt(x_last.shape[-1])
-            gate = torch.sigmoid(self.alpha[layer] + drive + self.input_bias[layer]).view(-1, 1, 1, 1)
+            gate = torch.sigmoid(self.alpha[layer] + drive + self.input_bias[layer])   # (B,)
+            gate = gate.view(-1, 1, 1, 1)
         return gate * (self.scale * self.depth_factor[layer])
 
     def forward(self, layer: int, below: torch.Tensor, x_last: torch.Tensor) -> torch.Tensor | None:
@@ -97,21 +109,27 @@ class FutureSeed(nn.Module):
         """
         if layer < self.layer_start:
             return None
-        base = below.detach() if self.detach else below
+        base = below
+        if self.detach:
+            base = base.detach()
         if self.norm:
             # the floor is under the root, where the gradient of an all-zero state is 0 and not NaN
             mean_square = base.square().mean(dim=(-2, -1), keepdim=True)
             base = base / mean_square.clamp_min(1e-12).sqrt()
         seed_state = self.gate_of(layer, x_last) * base
-        return seed_state.clamp(-self.clip, self.clip) if self.clip > 0 else seed_state
+        if self.clip > 0:
+            seed_state = seed_state.clamp(-self.clip, self.clip)
+        return seed_state
 
 
 def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float, high: float) -> float:
     """schedule(i): 1 for "none", else from low at layer `start` to high at the last layer."""
     if schedule == "none":
         return 1.0
-    seeded_after_start = n_layer - 1 - start
-    progress = 1.0 if seeded_after_start <= 0 else min(1.0, max(0.0, (layer - start) / seeded_after_start))
+    last = n_layer - 1
+    progress = 1.0    # of a single seeded layer, which counts as the last
+    if last > start:
+        progress = min(1.0, max(0.0, (layer - start) / (last - start)))
     if schedule == "cosine":
         progress = 0.5 - 0.5 * math.cos(math.pi * progress)
     return low + (high - low) * progress
@@ -123,35 +141,30 @@ def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = N
     Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
     Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
     """
-    return model(tokens, lengths=lengths, seed=fs)
+    return model(tokens, lengths=lengths, seed_state=fs)
 
 
-def borrowed(model: RWKV7, fs: FutureSeed, tokens: torch.Tensor, lengths: torch.Tensor):
-    """A hook in the place of `fs` that gives every layer the seed state that other prompts gave it."""
-    kept = {}
-
-    def keep(layer, below, x_last):
-        kept[layer] = fs(layer, below, x_last)
-        return kept[layer]
-
-    model(tokens, lengths=lengths, seed=keep)
-    return lambda layer, below, x_last: kept[layer]
-
-
-def answer_logits(model: RWKV7, fs, prompt, prompt_lengths, answer):
+def answer_logits(model, fs, prompt, prompt_lengths, answer):
     """Read prompts with Future-Seed, then their answers without, as decoding would.
 
-    Args: prompt (B, T), prompt_lengths (B,), answer (B, A), as data.collate gives them.
+    Args: prompt (B, T), prompt_lengths (B,) or None for T, answer (B, A), as data.collate gives them.
     Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answers get
-    logits: (B, T, V) would be a gigabyte at T = 4096.
+        logits: (B, T, V) would be a gigabyte at T = 4096.
     """
-    given = answer[:, :-1] if answer.shape[1] > 1 else None
-    lengths = prompt_lengths if len(prompt) > 1 else None    # one row has no padding, and needs no masks
-    hidden, state = model(prompt, lengths=lengths, seed=fs, answer=given)
-    rows = torch.arange(len(prompt), device=prompt.device)
-    before_first = hidden[rows, prompt_lengths - 1].unsqueeze(1)     # (B, 1, C), predicts the first token
-    before_answer = torch.cat([before_first, hidden[:, prompt.shape[1]:]], dim=1)    # (B, A, C)
-    return model.head(before_answer), state
+    B, T = prompt.shape
+    if prompt_lengths is not None and prompt_lengths.device.type == "cpu" and prompt_lengths.min() < 1:
+        raise ValueError("a prompt has no token: nothing predicts its answer's first token")
+    given = None
+    if answer.shape[1] > 1:
+        given = answer[:, :-1]    # the last token is only predicted
+    hidden, state = model(prompt, lengths=prompt_lengths, seed_state=fs, answer=given)
+    if prompt_lengths is None:
+        before_first = hidden[:, T - 1 : T]    # (B, 1, C), predicts the first token
+    else:
+        rows = torch.arange(B, device=prompt.device)
+        before_first = hidden[rows, prompt_lengths.to(prompt.device) - 1].unsqueeze(1)
+    before_answer = torch.cat([before_first, hidden[:, T:]], dim=1)    # (B, A, C)
+    return model.logits(before_answer), state
 
 
 def answer_loss(logits, answer, answer_lengths):

@@ -1,84 +1,100 @@
 """What a round is: one recipe, run without and with Future-Seed, as written in rounds.toml.
 
-A round is a flat set of typed settings, and `--set key=value` changes any of them. Its Future-Seed settings
+A round is a flat set of settings. Each is declared once below, with its type, its default, what it means and
+what it may be; rounds.toml, `--set key=value` and `train.py --list` all go by that. The Future-Seed settings
 have the names of the experiment log, whose rounds R2 to R10 these are: a line of the log can be pasted after
 `--set`. What the log measured for a round stands in `Round.log`.
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 ROUNDS_FILE = Path(__file__).resolve().with_name("rounds.toml")
-CHOICES = {
-    "task": ("arc", "hotpotqa"),
-    "order": ("context_first", "question_first", "both_ends", "twice"),
-    "fs_alpha_schedule": ("none", "linear", "cosine"),
-    "fs_gate": ("scalar", "head", "heads", "input"),
-}
-LEAST = {"n_val": 2, "max_prompt": 1, "max_answer": 1, "n_train": 1, "batch_size": 1, "eval_every": 1}
+ROUND_NAME = "[A-Za-z0-9_-]+"    # it becomes a folder's name
+FILE_NAME = "[A-Za-z0-9_][A-Za-z0-9_.-]*"    # without "..", which is a folder
+LARGEST_INT = 10**18             # of any whole number; torch takes no seed beyond 2**64
+TYPE_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+                 list: "a list"}
+LOG = {"script": str, "summary": str, "d_acc": list, "mean": float, "std": float, "d_loss": float,
+       "status": str}
+
+
+def setting(meaning: str, default=dataclasses.MISSING, **bounds):
+    """A field that is a setting. Bounds: least and most that it may be; below, what it is under; multiple_of;
+    choices."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **bounds})
 
 
 @dataclass(frozen=True)
 class Round:
-    """One recipe. Lengths are in tokens. A setting without a comment is what its name says."""
+    """One recipe."""
 
     name: str
     title: str
-    task: str                  # "arc" or "hotpotqa"
-    order: str                 # of question and context (ARC: options) in the prompt, see data.arrange
-    seeds: tuple[int, ...] = (0, 1, 2)    # the log's; a run's seed draws its batches
-    primary: bool = False      # the one comparison of the study that was registered as its question
-    base: str = "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
-    max_prompt: int = 512      # longer prompts keep their last tokens
-    min_prompt: int = 0        # shorter prompts are left out
-    max_answer: int = 8        # longer answers keep their first tokens
-    n_train: int = 1000
-    n_val: int = 200           # all of them are scored at every evaluation
-    data_seed: int = 0         # draws the training questions
-    validation_seed: int = 1234
+    task: str = setting("what is asked", choices=("arc", "hotpotqa"))
+    order: str = setting("of question and context (ARC: options) in the prompt, see data.arrange",
+                         choices=("context_first", "question_first", "both_ends", "twice"))
+    base: str = setting("file name of the published base model", "rwkv7-g1d-0.1b-20260129-ctx8192.pth")
+    max_prompt: int = setting("tokens; longer prompts keep their last tokens", 512, least=1)
+    min_prompt: int = setting("tokens; shorter prompts are left out", 0, least=0)
+    max_answer: int = setting("tokens; longer answers keep their first tokens", 8, least=1)
+    end_mark: bool = setting("train the line break as an answer's last token", False)
+    arc_border: str = setting("ARC: 'Answer: ' and 'A', as in the log, or 'Answer:' and ' A', one token",
+                              "log", choices=("log", "token"))
+    n_train: int = setting("training questions", 1000, least=1)
+    n_val: int = setting("validation questions; all of them are scored at every evaluation", 200, least=2)
+    data_seed: int = setting("draws the training questions", 0, least=0)
+    validation_seed: int = setting("draws the validation questions", 1234, least=0)
 
-    batch_size: int = 8
-    micro_batch_size: int = 0  # rows at once, the gradient summed over pieces; 0 for the whole batch
-    checkpoint_activations: bool = False    # recompute blocks in the backward: less memory, more time
-    steps: int = 1000
-    eval_every: int = 250
-    lr: float = 3e-5
-    weight_decay: float = 0.01    # on the matrices
-    beta2: float = 0.999       # of AdamW
-    grad_clip: float = 0.0     # bound on the gradient's norm; 0 for none
-    warm_up: int = 0           # steps over which lr rises from 0
+    batch_size: int = setting("questions a step", 8, least=1)
+    micro_batch_size: int = setting("rows at once, the gradient summed over pieces; 0: the whole batch", 0,
+                                    least=0)
+    checkpoint_activations: bool = setting("recompute blocks in the backward: less memory, more time", False)
+    steps: int = setting("optimizer steps", 1000, least=0)
+    eval_every: int = setting("steps between evaluations", 250, least=1)
+    lr: float = setting("learning rate", 3e-5, least=0)
+    weight_decay: float = setting("on the matrices", 0.01, least=0)
+    beta2: float = setting("of AdamW", 0.999, least=0, below=1)
+    grad_clip: float = setting("bound on the gradient's norm; 0: none", 0.0, least=0)
+    warm_up: int = setting("steps over which the learning rate rises from 0", 0, least=0)
 
-    # Future-Seed, under the log's own names; fs.FutureSeed says what they do
-    alpha_init: float = -2.0
-    alpha_lr: float = 0.0      # 0: alpha stays as it starts
-    fs_layer_start: int = 6
-    fs_norm: bool = True
-    fs_detach: bool = True
-    fs_clip: float = 1.0
-    fs_scale: float = 1.0
-    fs_alpha_schedule: str = "none"
-    fs_alpha_min: float = 1.0
-    fs_alpha_max: float = 1.0
-    fs_gate: str = "scalar"
-    fs_gate_lr: float = 1e-3   # of the input gate's weights
+    alpha_init: float = setting("start of every alpha; the gate is its sigmoid", -2.0)
+    alpha_lr: float = setting("learning rate of alpha; 0: alpha stays as it starts", 0.0, least=0)
+    fs_layer_start: int = setting("first layer that gets a seed state, counted from 0", 6, least=0)
+    fs_norm: bool = setting("scale each head's state to root mean square 1", True)
+    fs_detach: bool = setting("no gradient through the seed state", True)
+    fs_clip: float = setting("bound on the seed state's entries; 0: none", 1.0, least=0)
+    fs_scale: float = setting("constant factor on every gate", 1.0, least=0)
+    fs_alpha_schedule: str = setting("of the gate's factor over depth", "none",
+                                     choices=("none", "linear", "cosine"))
+    fs_alpha_min: float = setting("that factor at the first seeded layer", 1.0, least=0)
+    fs_alpha_max: float = setting("that factor at the last layer", 1.0, least=0)
+    fs_gate: str = setting("what the gate is made of, see fs.FutureSeed", "scalar",
+                           choices=("scalar", "head", "heads", "input"))
+    fs_gate_lr: float = setting("learning rate of the input gate's weights", 1e-3, least=0)
 
-    # the stand-in: its questions hold `facts` facts, 0 for real records. Training starts with facts_first of
-    # them for facts_hold steps and has them all facts_ramp steps later; a share `rehearsal` of its batches
-    # puts the question first, or the base forgets how to answer what it could; channels, of its base
-    facts: int = 0
-    facts_first: int = 2
-    facts_hold: int = 20
-    facts_ramp: int = 180
-    rehearsal: float = 0.25
-    channels: int = 48
-    log: dict | None = None    # d_acc: prompt_fs minus no_fs by seed, their mean, std (population) and status
+    facts: int = setting("stand-in: facts in a question; 0 for real records", 0, least=0, most=32)
+    facts_first: int = setting("stand-in: facts at the first steps", 2, least=2, most=32)
+    facts_hold: int = setting("stand-in: steps that stay there", 20, least=0)
+    facts_ramp: int = setting("stand-in: steps over which facts then grow to all", 180, least=0)
+    rehearsal: float = setting("stand-in: share of batches with the question first, or the base forgets how "
+                               "to answer what it could", 0.25, least=0, most=1)
+    channels: int = setting("stand-in: width of its base", 48, least=16, most=4096, multiple_of=16)
+
+    # what a round says about itself, and what does not decide a run
+    seeds: tuple[int, ...] = (0, 1, 2)       # that it runs by default; a run's seed draws its batches
+    primary: bool = False                    # the one comparison that the study registered as its question
+    registered: tuple[int, ...] = ()         # the seeds that were registered, on the stand-in
+    inherits: str | None = None              # the round that its settings start from
+    log: dict | None = None                  # d_acc: prompt_fs minus no_fs by seed, their mean, std, status
 
     def settings(self) -> dict:
         """All that decides a run but its seed, as plain JSON values."""
-        return {key: getattr(self, key) for key in SETTINGS if key not in ("title", "seeds", "primary")}
+        return {key: getattr(self, key) for key in SETTINGS}
 
     def fs_settings(self) -> dict:
         """The keyword arguments of fs.FutureSeed."""
@@ -90,57 +106,191 @@ class Round:
         }
 
 
-# name -> type, of all that rounds.toml and --set may hold
-SETTINGS = {name: kind for name, kind in Round.__annotations__.items() if name not in ("name", "log")}
+SETTINGS = {field.name: field for field in dataclasses.fields(Round) if field.metadata}
+NOT_INHERITED = {"primary": False, "registered": (), "log": None}
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+def bounds_of(key: str) -> str:
+    """What a setting may be, in words; "" for anything of its type."""
+    bounds = SETTINGS[key].metadata
+    if "choices" in bounds:
+        return "one of " + ", ".join(bounds["choices"])
+    if "multiple_of" in bounds:
+        return f"a multiple of {bounds['multiple_of']} from {bounds['least']} to {bounds['most']}"
+    if "most" in bounds:
+        return f"{bounds['least']} to {bounds['most']}"
+    if "below" in bounds:
+        return f"{bounds['least']} or more, and below {bounds['below']}"
+    if "least" in bounds:
+        return f"{bounds['least']} or more"
+    return ""
+
+
+def setting_lines() -> list[str]:
+    """Every setting on a line: its default, what it means and what it may be."""
+    lines = []
+    for key, field in SETTINGS.items():
+        default = "" if field.default is dataclasses.MISSING else field.default
+        bounds = bounds_of(key)
+        may_be = f" ({bounds})" if bounds else ""
+        lines.append(f"{key}={default}".lower().ljust(30) + f" {field.metadata['meaning']}{may_be}")
+    return lines
+
+
+def is_number(value) -> bool:
+    """Whether it is a number that fp32 can hold: not NaN, not infinite, no bool."""
+    return type(value) in (int, float) and abs(value) < 1e38
+
+
+def shown(value) -> str:
+    """A wrong value as a message shows it."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:    # Python does not write out whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def of_type(kind: type, key: str, value, where: str):
+    """The value, which must be of this type, and a number one that fp32 can hold; ValueError otherwise."""
+    fits = type(value) is kind
+    if kind is float:
+        fits = is_number(value)
+    if not fits:
+        raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
+    return value
 
 
 def checked(key: str, value, where: str):
-    """A setting's value, of its type; ValueError in one line where it is none, or no setting."""
+    """A setting's value, of its type and within its bounds; ValueError in one line otherwise."""
+    if key == "seeds":
+        raise ValueError(f"{where}: seeds are not a setting; write --seeds 0-9")
     if key not in SETTINGS:
         raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
-    kind = SETTINGS[key]
-    if kind is float and type(value) in (int, float) and abs(value) < 1e38:    # what fp32 can hold, no NaN
-        return float(value)
-    if key == "seeds" and type(value) is list and all(type(seed) is int for seed in value):
-        return tuple(value)
-    if kind is float or type(value) is not kind:
-        raise ValueError(f"{where}: {key} must be {kind.__name__}, not {value!r:.80}")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise ValueError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-    if kind is int and value < LEAST.get(key, 0):
-        raise ValueError(f"{where}: {key} must be {LEAST.get(key, 0)} or more, not {value}")
+    kind, bounds = SETTINGS[key].type, SETTINGS[key].metadata
+    value = kind(of_type(kind, key, value, where))    # 1 is 1.0 where a float is meant
+    if kind is int and value >= LARGEST_INT:
+        raise ValueError(f"{where}: {key} must be less than {LARGEST_INT:,}, not {shown(value)}")
+    if kind in (int, float):
+        outside = not bounds.get("least", -math.inf) <= value <= bounds.get("most", math.inf)
+        outside = outside or value >= bounds.get("below", math.inf)
+        if "multiple_of" in bounds:
+            outside = outside or value % bounds["multiple_of"] != 0
+    else:
+        outside = value not in bounds.get("choices", [value])
+    if outside:
+        raise ValueError(f"{where}: {key} must be {bounds_of(key)}, not {shown(value)}")
+    if key == "base" and not re.fullmatch(FILE_NAME, value):
+        raise ValueError(f"{where}: base must be the name of a published file, not {shown(value)}; --base "
+                         "takes a path")
     return value
 
+
+def check_together(recipe: Round, where: str) -> None:
+    """ValueError where two settings contradict each other."""
+    if recipe.min_prompt > recipe.max_prompt:
+        raise ValueError(f"{where}: min_prompt = {recipe.min_prompt} is more than max_prompt = "
+                         f"{recipe.max_prompt}, so no prompt would be left")
+    if 0 < recipe.facts < recipe.facts_first:
+        raise ValueError(f"{where}: facts = {recipe.facts} is less than facts_first = {recipe.facts_first}")
+
+
+# ---- rounds.toml -------------------------------------------------------------------------------------------
 
 def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[str, Round]]:
     """Every round of a rounds file by name, as it runs on real records and as it runs on the stand-in.
 
-    A round that `inherits` starts from the settings of a round above it; `log` and `primary` are its own. On
-    the stand-in the settings of [standin] and [standin.TASK] are laid over it. ValueError for a wrong file.
+    A round that `inherits` starts from the settings of a round above it; log, primary and registered are its
+    own. On the stand-in the settings of [standin] and [standin.TASK] are laid over it. ValueError, in one
+    line that names file, round and key, for a wrong file.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
-    standin = tables.pop("standin", {})
+    tasks = SETTINGS["task"].metadata["choices"]
+    standin = table_of(tables.pop("standin", {}), f"{path}, [standin]")
+    overlays = {}
+    for task in tasks:
+        own = table_of(standin.pop(task, {}), f"{path}, [standin.{task}]")
+        overlays[task] = {key: checked(key, value, f"{path}, [standin.{task}]") for key, value in own.items()}
+    overlay = {key: checked(key, value, f"{path}, [standin]") for key, value in standin.items()}
     rounds, miniatures = {}, {}
     for name, table in tables.items():
+        if not re.fullmatch(ROUND_NAME, name):
+            raise ValueError(f"{path}: a round's name may hold letters, digits, _ and - alone, and not "
+                             f"{shown(name)}")
         where = f"{path}, [{name}]"
-        try:
-            parent, log = table.pop("inherits", None), table.pop("log", None)
-            own = {"name": name, "log": log, "primary": False}
-            own |= {key: checked(key, value, where) for key, value in table.items()}
-            rounds[name] = dataclasses.replace(rounds[parent], **own) if parent else Round(**own)
-        except KeyError:
-            raise ValueError(f"{where}: inherits = {parent!r}: no round above has this name") from None
-        except (TypeError, AttributeError) as error:    # a setting is missing, or this is no table
-            raise ValueError(f"{where}: {error}") from error
-        overlay = {**standin, **standin.get(rounds[name].task, {})}
-        small = {key: checked(key, value, f"{path}, [standin]") for key, value in overlay.items()
-                 if key not in CHOICES["task"]}
+        rounds[name] = read_round_table(name, table_of(table, where), rounds, where)
+        small = overlay | overlays[rounds[name].task]
         miniatures[name] = dataclasses.replace(rounds[name], **small)
+        check_together(rounds[name], where)
+        check_together(miniatures[name], f"{where} on the stand-in")
     return rounds, miniatures
 
+
+def table_of(value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a table, not {shown(value)}")
+    return dict(value)
+
+
+def read_round_table(name: str, table: dict, above: dict[str, Round], where: str) -> Round:
+    """One round from its table in the file. `above`: the rounds that stand above it."""
+    own = {"name": name, **NOT_INHERITED}
+    parent = table.pop("inherits", None)
+    if parent is not None and (type(parent) is not str or parent not in above):
+        raise ValueError(f"{where}: inherits = {shown(parent)}: no round above has this name")
+    for key, value in table.items():
+        if key == "log":
+            own["log"] = checked_log(value, f"{where}, log")
+        elif key in ("seeds", "registered"):
+            own[key] = checked_seeds(key, value, where)
+        elif key == "title":
+            own["title"] = of_type(str, key, value, where)
+        elif key == "primary":
+            own["primary"] = of_type(bool, key, value, where)
+        else:
+            own[key] = checked(key, value, where)
+    if parent is not None:
+        return dataclasses.replace(above[parent], inherits=parent, **own)
+    for key in ("title", "task", "order"):
+        if key not in own:
+            raise ValueError(f"{where}: {key} is missing, and so is inherits")
+    return Round(**own)
+
+
+def checked_seeds(key: str, value, where: str) -> tuple[int, ...]:
+    """Seeds as rounds.toml lists them: whole numbers, each once."""
+    seeds = of_type(list, key, value, where)
+    if not all(type(seed) is int and 0 <= seed < LARGEST_INT for seed in seeds):
+        raise ValueError(f"{where}: {key} must be a list of whole numbers from 0 on, not {shown(value)}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}: {key} names a seed twice: {shown(value)}")
+    if key == "seeds" and not seeds:
+        raise ValueError(f"{where}: seeds must name a seed; leave the line out for those of the default")
+    return tuple(seeds)
+
+
+def checked_log(table, where: str) -> dict:
+    """What the log measured, checked: every key of LOG, each of its type."""
+    table = table_of(table, where)
+    for key, kind in LOG.items():
+        if key not in table:
+            raise ValueError(f"{where}: {key} is missing")
+        of_type(kind, key, table[key], where)
+    for key in table:
+        if key not in LOG:
+            raise ValueError(f"{where}: {shown(key)} is not among {', '.join(LOG)}")
+    if not table["d_acc"] or not all(is_number(delta) for delta in table["d_acc"]):
+        raise ValueError(f"{where}: d_acc must be numbers, one a seed, not {shown(table['d_acc'])}")
+    if not re.fullmatch(FILE_NAME, table["summary"]):
+        raise ValueError(f"{where}: summary must be a file's name, not {shown(table['summary'])}")
+    return table
+
+
+# ---- the command line --------------------------------------------------------------------------------------
 
 def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
     """Names as they are in rounds.toml, from names as people write them: r8 is R8, and R9 is R9a and R9b."""
@@ -157,10 +307,12 @@ def seeds_of(text: str) -> list[int]:
     """Seeds as --seeds takes them, "0-9" or "0,3,5" or both; ValueError for anything else."""
     seeds = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < first + 10_000:
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        if not match:
             raise ValueError(f"--seeds {text}: write seeds as 0-9 or 0,3,5")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + 10_000:
+            raise ValueError(f"--seeds {text}: {part.strip()} counts down, or is more than 10,000 seeds")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
@@ -170,9 +322,11 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
     changes = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: write key=value, as in --set steps=20 lr=1e-5")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            value = text if equals else None
+        except (ValueError, RecursionError):    # no TOML: a word without quotes, for one
+            value = text
         changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)

@@ -12,6 +12,7 @@ Shapes: B questions in a batch, V entries of the vocabulary.
 
 import functools
 import hashlib
+import json
 import random
 from pathlib import Path
 
@@ -19,10 +20,11 @@ import torch
 import torch.nn as nn
 
 from data import Example, collate, make_example
-from files import Progress, say
+from files import Progress, read_text, say, write_json
 from fs import answer_logits, answer_loss
 from model import RWKV7, Config
 from rounds import Round
+from runs import check_shape, differences, in_words, naming_damage
 from tokenizer import END_OF_DOCUMENT, Tokenizer, build_trie
 
 MAX_PROMPT = 256    # tokens, and more than any question has
@@ -33,7 +35,7 @@ EASY = 0.35          # nats: once the running loss is below it, the questions ge
 KNOWN = 0.06         # nats: and with all facts in them, the base is put to the test
 PASSED = 0.99        # the accuracy that the test asks for
 QUESTIONS = 1024     # in the test, from the validation split
-USUAL_STEPS = {"arc": 450, "hotpotqa": 270}    # after twice as many without success it is given up
+MOST_STEPS = {"arc": 900, "hotpotqa": 540}    # twice what it usually takes; then it is given up
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
         values = rng.choices(VERBS, k=n_facts) if task == "hotpotqa" else sorted(rng.sample(LABELS, n_facts))
         facts = [f"{name} {value}" for name, value in zip(names, values)]
         identity = " ".join(sorted(facts) + [names[asked]]).encode()
-        if (hashlib.sha256(identity).digest()[0] < 64) != (split == "validation"):
+        held_out = hashlib.sha256(identity).digest()[0] < 64    # a quarter of all questions
+        if held_out != (split == "validation"):
             continue
         id = f"standin-{split}-{seed}-{len(records)}"
         if task == "arc":
@@ -141,21 +144,50 @@ def validation_examples(recipe: Round) -> list[Example]:
 
 # ---- the base ----------------------------------------------------------------------------------------------
 
-def base_path(recipe: Round, seed: int, assets: Path) -> Path:
-    """Where the base of a seed is kept. Nothing else decides it, so all rounds of a task share it."""
-    return assets / "standin" / f"{recipe.task}-{recipe.facts}facts-{recipe.channels}wide-seed{seed}.pth"
+MADE_BY = {"code": str, "machine": dict, "task": str, "facts": int, "channels": int, "seed": int,
+           "sha256": str}
 
 
-def base_work(recipe: Round) -> float:
-    """What making a base usually takes, counted as in train.work_of."""
-    return 3 * BATCH * MAX_PROMPT * USUAL_STEPS[recipe.task]
+def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundings: dict) -> RWKV7:
+    """The base that a seed of a round starts from, trained here unless it is there already.
+
+    Nothing but task, facts, channels and seed decides it, so all rounds of a task share it. Beside the .pth
+    stands a .json that says what made it; without that, or with another, the base is made anew. A base that
+    other code or another machine made is used, and the difference is told.
+    """
+    name = f"{recipe.task}-{recipe.facts}facts-{recipe.channels}wide-seed{seed}"
+    path = assets / "standin" / f"{name}.pth"
+    made_for = {"task": recipe.task, "facts": recipe.facts, "channels": recipe.channels, "seed": seed}
+    label = path.with_suffix(".json")
+    if path.exists() and label.exists():
+        with naming_damage(path, "Delete it to make the base anew."):
+            model = RWKV7.load(path)
+        with naming_damage(label, "Delete it to make the base anew."):
+            made_by = json.loads(read_text(label))
+            check_shape(made_by, MADE_BY)
+        fits = all(made_by[key] == value for key, value in made_for.items())
+        if fits and made_by["sha256"] == model.sha256:
+            moved = differences({key: made_by[key] for key in surroundings}, surroundings)
+            if moved:
+                say(f"note: the base {path} was made by other code or on another machine "
+                    f"({in_words(moved, 'then', 'now')}). It is used as it is; delete it to make it anew.")
+            return model
+        say(f"note: the base {path} is not what {label.name} says, so it is made anew")
+    path.parent.mkdir(parents=True, exist_ok=True)    # or fail before the work, not after
+    pretrain(recipe, seed, device).save(path)
+    model = RWKV7.load(path)
+    write_json(label, [surroundings | made_for | {"sha256": model.sha256}])
+    return model
 
 
 def fresh_model(channels: int, seed: int) -> RWKV7:
+    """A model with random weights, as small as the questions allow. ValueError for wrong channels."""
     if channels % HEAD_SIZE or channels == 0:
         raise ValueError(f"channels = {channels}: must be a multiple of {HEAD_SIZE}")
-    vocab_size = len(small_tokenizer().tokens)
-    model = RWKV7.init(Config(LAYERS, channels, HEAD_SIZE, vocab_size, 2 * channels, *[RANK] * 4), seed)
+    config = Config(n_layer=LAYERS, n_embd=channels, head_size=HEAD_SIZE, n_ffn=2 * channels,
+                    vocab_size=len(small_tokenizer().tokens),
+                    rank_w=RANK, rank_a=RANK, rank_v=RANK, rank_g=RANK)
+    model = RWKV7.init(config, seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
     nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
     return model
@@ -172,19 +204,20 @@ def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) 
     return right / len(examples)
 
 
-def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -> None:
-    """Make the base that `recipe` starts from, and write it to `path`. ValueError if it does not learn.
+def pretrain(recipe: Round, seed: int, device) -> RWKV7:
+    """Make the base that `recipe` starts from. ValueError if it does not learn.
 
-    The questions set the pace: one fact more whenever the running loss says that they have become easy. It
-    stays at that of guessing among the facts for a while, then falls within a few steps, or not at all.
+    The questions set the pace: one fact more whenever the running loss says that they have become easy. The
+    loss stays at that of guessing among the facts for a while, then falls within a few steps, or not at all.
     """
     task, most_facts = recipe.task, recipe.facts
     name = f"the base of the stand-in, {task} seed {seed}"
     model = fresh_model(recipe.channels, 5 * seed).to(device)    # as the study's bases were drawn
     test = make_examples(task, "validation", QUESTIONS, 1234, most_facts, "question_first")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    progress = Progress()
     facts, running = 2, 2.0    # the running mean of the loss, in nats
-    for step in range(2 * USUAL_STEPS[task]):
+    for step in range(MOST_STEPS[task]):
         batch = make_examples(task, "train", BATCH, f"base {seed} 0 {step}", facts, "question_first")
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARM_UP)
         optimizer.zero_grad()
@@ -195,16 +228,15 @@ def pretrain(recipe: Round, seed: int, path: Path, device, progress: Progress) -
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running = 0.8 * running + 0.2 * loss.item()
-        progress.tick(3 * BATCH * MAX_PROMPT,
-                      f"{name}: step {step + 1}, {facts} facts of {most_facts}, loss {running:.3f}")
+        progress.tick(step + 1, f"{name}: step {step + 1} of about {MOST_STEPS[task] // 2}, {facts} facts of "
+                                f"{most_facts}, loss {running:.3f}")
         if facts < most_facts and running < EASY:
             facts += 1
             running = 2 * EASY    # some more steps before the next change
         elif facts == most_facts and running < KNOWN:
             right = share_right(model, test, device)
-            say(f"{name}: step {step + 1}, {right:.1%} of {QUESTIONS} questions right")
+            say(f"{name}: step {step + 1}, {right:.1%} of {QUESTIONS} questions right, the question first")
             if right >= PASSED:
-                model.save(path)
-                return
+                return model
             running = 2 * KNOWN
-    raise ValueError(f"{name}: has not learned it in {2 * USUAL_STEPS[task]} steps; try another --seed")
+    raise ValueError(f"{name}: has not learned it in {MOST_STEPS[task]} steps; try another --seed")

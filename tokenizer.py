@@ -30,9 +30,13 @@ def read_vocabulary(path):
     tokens = {}
     for line in raw.decode().removesuffix("\n").split("\n"):
         number, literal = line.rpartition(" ")[0].split(" ", 1)
-        # the parser is slow and 99 lines in 100 have no escape: there the text stands between its quotes
-        token = ast.literal_eval(literal) if "\\" in literal else literal[1:-1]
-        tokens[int(number)] = token.encode() if isinstance(token, str) else token
+        if "\\" in literal:
+            token = ast.literal_eval(literal)
+        else:
+            token = literal[1:-1]    # 99 lines in 100 have no escape, and the parser is slow
+        if isinstance(token, str):
+            token = token.encode()
+        tokens[int(number)] = token
     return tokens
 
 
@@ -63,7 +67,10 @@ class Tokenizer:
         """Ids (list of int) of a str, as UTF-8, or of bytes. decode_bytes(encode(data)) == data, always.
         ValueError for a str with a lone surrogate, TypeError for what is neither str nor bytes."""
         try:
-            data = text.encode() if isinstance(text, str) else bytes(memoryview(text))
+            if isinstance(text, str):
+                data = text.encode()
+            else:
+                data = bytes(memoryview(text))    # unlike bytes(text), which makes zeros of a number
         except UnicodeEncodeError as error:
             raise ValueError(f"character {error.start} of the text is a lone surrogate, which UTF-8 cannot "
                              "carry: replace it, or pass bytes") from None

@@ -1,16 +1,18 @@
-"""Run a round: post-train one base twice, without and with Future-Seed, and say what that changed.
+"""Run a round: post-train one base model twice, without and with Future-Seed, and say what that changed.
 
-    python train.py --list                            the rounds, the log's numbers, what is on disk
-    python train.py --round R8 --seed 1               both arms; without a GPU in miniature, in minutes
-    python train.py --round R8 --seed 1 --real        the real thing, whatever it takes
+    python train.py --list                            the rounds, the settings, the log's numbers, your runs
+    python train.py --round R8 --seed 1               both arms; without a GPU on the stand-in, in minutes
+    python train.py --round R8 --seed 1 --real        the published model and records, whatever it takes
+    python train.py --round S20 --seeds 0-5 --data DIR                 your own questions, see README.md
     python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
-    torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     processes share rounds and seeds
+    torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     four processes share rounds and seeds
 
 Both arms start from the same weights and take the same batches for the same number of steps. They differ in
-nothing but fs.py's seed states. Batches are drawn by step, and there is no dropout. So weights, optimiser and
-step make a checkpoint; the same command goes on from it, and on a CPU it ends with the same bits.
+nothing but fs.py's seed states. A batch depends on the seed and the step alone, and there is no dropout. So
+weights, optimizer and step make a checkpoint. The same command goes on from it, and on a CPU it ends with the
+same bits.
 
-A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm in its no_fs or prompt_fs:
+A seed lives in runs/R8/seed1 (on the stand-in in runs/standin/R8/seed1), and its arms in no_fs and prompt_fs:
 
     run.json         what the run is: settings, base, data; on which machine and code; how far it is
     metrics.jsonl    a line a step (train_loss) and a line an evaluation
@@ -19,11 +21,20 @@ A seed lives in runs/R8/seed1 (on the stand-in: runs/standin/R8/seed1), an arm i
     checkpoint.pt    while it runs: all that is needed to go on
     model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
 
+To read it as a story, begin with `main` at the end and go up: main, run_seed, train_arm, Arm.train_step.
+
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
 
+import files
+
+if __name__ == "__main__":
+    files.stop_from_the_first_line()    # the imports below take seconds
+
 import argparse
+import contextlib
 import copy
+import dataclasses
 import hashlib
 import math
 import os
@@ -32,42 +43,496 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 
 import standin
-from data import Example, batches, collate, download, fingerprint, load_examples
-from eval import CONTROLS, explain, log_numbers, means_of, report, score, text_of_log
-from files import (ARMS, NO_MEMORY, Progress, clear, complain, copy_twin, damage_told, duration, in_words,
-                   locked, read_run, read_seed, refuse_another, save_tensors, say, status_of, twin_key,
-                   write_json)
+from data import (Example, batches, collate, download, fingerprint, load_examples,
+                  load_own_examples, loses_question)
+from eval import answer_budget, means_of, score
+from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
-from model import RWKV7, Config
-from rounds import SETTINGS, Round, expand, load_rounds, seeds_of, with_settings
+from model import RWKV7, Config, read_pt, write_pt
+from report import explain, log_numbers, text_of_log, write_report
+from rounds import Round, check_together, expand, load_rounds, seeds_of, setting_lines, with_settings
+from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, RECORD, SURROUNDINGS, check_comparable, check_same_run,
+                  check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run,
+                  read_seed, status_of)
 from tokenizer import Tokenizer
 
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-SOURCES = sorted(Path(__file__).resolve().parent.glob("*.[cp][uy]"))    # .py and .cu decide a run's numbers
-CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+# what a checkpoint holds beside the state dicts of model, fs and optimizer
+CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
+              "records": [RECORD | {"step": int}], "history": [SURROUNDINGS]}
+LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
+CPU_TOKENS_PER_SECOND = 300            # that one core of an AMD EPYC reads with the 0.1b model
+ORDERS = {"context_first": "the question last", "question_first": "the question first",
+          "both_ends": "the question at both ends", "twice": "everything read twice"}
+SOURCES = sorted(path for path in Path(__file__).resolve().parent.iterdir() if path.suffix in (".py", ".cu"))
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
 
 
-# ---- what was asked ----------------------------------------------------------------------------------------
+# ---- what a seed is made from ------------------------------------------------------------------------------
+
+class Material(NamedTuple):
+    """The questions and the base model that both arms of a seed share."""
+
+    source: str                # where the questions are from: "real", "own" or "standin", see runs.py
+    train: list[Example]
+    validation: list[Example]
+    base: RWKV7                # read once: both arms start from these tensors
+    base_name: str
+    tokenizer: Tokenizer
+
+
+def real_material(recipe: Round, base: str | None, assets: Path, offline: bool) -> Material:
+    """The publishers' records and a base, downloaded where they are missing.
+
+    FileNotFoundError, with a line for every file that cannot be had.
+    """
+    missing = []
+
+    def found(load, *arguments, **named):
+        try:
+            return load(*arguments, **named)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+
+    rules = dict(assets=assets, offline=offline, order=recipe.order, max_prompt=recipe.max_prompt,
+                 min_prompt=recipe.min_prompt, max_answer=recipe.max_answer, end_mark=recipe.end_mark,
+                 arc_border=recipe.arc_border)
+    train = found(load_examples, recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules)
+    validation = found(load_examples, recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
+                       **rules)
+    model = found(find_base, base or recipe.base, base is None, assets, offline)
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
+    return checked_material(Material("real", train, validation, *model, Tokenizer()))
+
+
+def standin_material(recipe: Round, seed: int, assets: Path, device: torch.device) -> Material:
+    """The questions and the base of a stand-in run. The base is trained here on first use."""
+    base = standin.find_or_make_base(recipe, seed, assets, device, surroundings(device))
+    return Material("standin", standin.training_examples(recipe, seed), standin.validation_examples(recipe),
+                    base, "stand-in", standin.small_tokenizer())
+
+
+def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tuple[RWKV7, str]:
+    """A base model and its name. `choice` is a path, init or init:L12-D64, or a published file's name."""
+    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice)
+    if fresh:
+        layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
+        if width % 16:    # the width of a head, whose norm would drown what fewer channels hold
+            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
+        config = Config.published(layers, width, head_size=math.gcd(width, 64))
+        return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
+    path = assets / "weights" / choice if published else Path(choice)
+    if published and not path.exists():
+        download(BASE_URL + choice, path, RWKV7.load, offline)
+    return RWKV7.load(path), path.name
+
+
+def checked_material(material: Material) -> Material:
+    """The same material; ValueError where the examples hold tokens that the base does not know."""
+    vocabulary = material.base.config.vocab_size
+    largest = max(max(example.prompt + example.answer) for example in material.train + material.validation)
+    if largest >= vocabulary:
+        raise ValueError(f"{material.base_name} has a vocabulary of {vocabulary} tokens, and the examples "
+                         f"hold token {largest}. Use a base with the RWKV World vocabulary.")
+    return material
+
+
+def surroundings(device: torch.device) -> dict:
+    """Code version and machine. They should change only the last bits of the numbers."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    machine = {"device": name, "cpu": torch.backends.cpu.get_cpu_capability(),
+               "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+               "python": platform.python_version()}
+    return {"code": CODE, "machine": machine}
+
+
+# ---- one arm -----------------------------------------------------------------------------------------------
+
+class Interrupt:
+    """Makes a KeyboardInterrupt of Ctrl-C and SIGTERM: at once or, while it waits, after the next save."""
+
+    def __init__(self):
+        self.waits = False
+        self.requested = 0    # the number of the signal that came while it waited
+
+    def __call__(self, number, frame) -> None:
+        if self.requested or not self.waits:
+            raise KeyboardInterrupt(number)
+        self.requested = number
+        say("finishing this step, then saving; once more to stop at once")
+
+    def stop_if_requested(self) -> None:
+        if self.requested:
+            raise KeyboardInterrupt(self.requested)
+
+    @contextlib.contextmanager
+    def waiting(self, waits: bool) -> Iterator[None]:
+        """Within the block, a stop waits, or does not wait, for the work to be saved."""
+        before, self.waits = self.waits, waits
+        try:
+            if not waits:
+                self.stop_if_requested()
+            yield
+        finally:
+            self.waits = before
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One seed of a round: what its two arms have in common."""
+
+    recipe: Round
+    seed: int
+    material: Material
+    minutes: float | None    # of training an arm, in place of the recipe's steps
+    device: torch.device
+    folder: Path             # runs/R8/seed1
+
+    def identity(self) -> dict:
+        """Everything that identifies a run but its arm. If any field differs, it is a different run."""
+        material = self.material
+        cut = sum(loses_question(example, self.recipe.order) for example in material.validation)
+        return {"round": self.recipe.name, "seed": self.seed, "source": material.source,
+                "settings": self.recipe.settings(), "minutes": self.minutes,
+                "base": {"name": material.base_name, "sha256": material.base.sha256},
+                "data": {"train": fingerprint(material.train), "questions_cut": cut,
+                         "validation": fingerprint(material.validation)}}
+
+
+def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
+    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith(".weight") and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    # train_step sets each group's lr from its full_lr, to which it may have to rise first
+    groups = [{"params": matrices, "full_lr": recipe.lr, "weight_decay": recipe.weight_decay},
+              {"params": others, "full_lr": recipe.lr, "weight_decay": 0.0}]
+    if fs is not None:
+        for name, parameter in fs.named_parameters():
+            full_lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
+            groups.append({"params": [parameter], "full_lr": full_lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
+
+
+class Arm:
+    """One arm of an experiment: its model and optimizer, how far it is, and what came out so far."""
+
+    def __init__(self, experiment: Experiment, identity: dict, check_owner=lambda: None):
+        recipe = experiment.recipe
+        self.experiment, self.recipe, self.identity = experiment, recipe, identity
+        self.check_owner = check_owner    # raises ValueError where the folder is another's by now
+        self.folder = experiment.folder / identity["arm"]
+        self.name = f"{recipe.name} seed {experiment.seed} {identity['arm']}"
+        # a copy, because the other arm starts from the same tensors
+        self.model = copy.deepcopy(experiment.material.base).to(experiment.device)
+        self.model.checkpoint_activations = recipe.checkpoint_activations
+        self.fs = None
+        if identity["arm"] == "prompt_fs":
+            self.fs = FutureSeed(self.model.config, **recipe.fs_settings()).to(experiment.device)
+        self.optimizer = make_optimizer(self.model, self.fs, recipe)
+        self.step = 0             # optimizer steps taken
+        self.seconds = 0.0        # spent in them
+        self.metrics: list[dict] = []
+        self.records: list[dict] = []
+        self.controls: list[dict] = []
+        self.history: list[dict] = []    # from which step on it ran on which code and machine
+        self.saved = time.monotonic()
+
+    # -- training
+
+    def train_step(self, batch: list[Example]) -> None:
+        """One optimizer step on the mean loss of a batch, read in pieces of micro_batch_size rows."""
+        device = self.experiment.device
+        started = time.monotonic()
+        rows = self.recipe.micro_batch_size or len(batch)
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for first in range(0, len(batch), rows):
+            # products in bf16 on a GPU; on a CPU all is fp32, so that a run can be repeated to the bit
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                prompt, lengths, answer, answer_lengths = collate(batch[first:first + rows], device)
+                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
+                loss = answer_loss(logits, answer, answer_lengths)
+            (loss.sum() / len(batch)).backward()    # pieces add up to the gradient of the batch's mean
+            losses.append(loss.detach())
+        if self.recipe.grad_clip:
+            parameters = list(self.model.parameters())
+            if self.fs is not None:
+                parameters += self.fs.parameters()
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip)
+        warmth = min(1.0, (self.step + 1) / max(1, self.recipe.warm_up))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * warmth
+        self.optimizer.step()
+        self.step += 1
+        mean = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
+        self.seconds += time.monotonic() - started
+        ids = ", ".join(example.id for example in batch)
+        self.check_finite(mean, f"the loss at step {self.step} (examples {ids})")
+        self.metrics.append({"step": self.step, "train_loss": mean})
+
+    def budget_spent(self) -> bool:
+        """Whether training is over. --minutes, the log's kind of budget, counts the time in train_step."""
+        if self.experiment.minutes is not None:
+            return self.seconds >= 60 * self.experiment.minutes
+        return self.step >= self.recipe.steps
+
+    def show_progress(self, progress: Progress) -> None:
+        """A line every few seconds. Some batches are easier than others, so its loss is a mean over steps."""
+        losses = [line["train_loss"] for line in self.metrics if "train_loss" in line][-LOSSES_SHOWN:]
+        shown = (f"loss {sum(losses) / len(losses):.3f} (mean of {counted(len(losses), 'step')}), "
+                 f"{self.seconds / self.step:.2g} s a step")
+        if self.experiment.minutes is None:
+            text = f"{self.name}: step {self.step} of {self.recipe.steps}, {shown}"
+            progress.tick(self.step, text, self.seconds)
+        else:
+            progress.tick(self.seconds, f"{self.name}: step {self.step}, {shown}", self.seconds)
+
+    def check_finite(self, loss: float, what: str) -> None:
+        """ValueError unless a loss is a number: nothing that follows could be kept."""
+        if not loss < float("inf"):
+            raise ValueError(f"{self.name}: {what} is {loss}. The last checkpoint is kept. A lower learning "
+                             f"rate may help, as in --set lr={self.recipe.lr / 3:.1g}")
+
+    # -- scoring
+
+    def evaluated(self) -> bool:
+        return bool(self.records) and self.records[-1]["step"] == self.step
+
+    def evaluate(self) -> None:
+        """Score the whole validation set and keep what came out."""
+        records = self.scored(f"validation at step {self.step}")
+        means = means_of(records)
+        self.check_finite(means["loss"], f"the validation loss after step {self.step}")
+        self.records += records
+        self.metrics.append({"step": self.step, **means})
+        exact = "option accuracy" if self.recipe.task == "arc" else "exact match"
+        say(f"{self.name}: step {self.step}, validation loss {means['loss']:.4f}, token accuracy "
+            f"{means['acc']:.4f}, {exact} {means['EM']:.4f}")
+
+    def score_controls(self) -> None:
+        """Score the trained arm again, with its seed states switched off or made from a wrong prompt."""
+        if self.fs is not None:
+            for control, what in CONTROLS.items():
+                self.controls += self.scored(f"its seed states {what}", control)
+
+    def scored(self, what: str, control: str | None = None) -> list[dict]:
+        """The records of the whole validation set; `what` says on the terminal what is being scored."""
+        material = self.experiment.material
+        questions = len(material.validation)
+        progress = Progress(questions)
+
+        def tick(done: int) -> None:
+            progress.tick(done, f"{self.name}: {what}, {done} of {counted(questions, 'question')}")
+
+        rows = max(1, TOKENS_PER_EVALUATION_BATCH // self.recipe.max_prompt)
+        return score(self.model, material.validation, self.fs, device=self.experiment.device, step=self.step,
+                     control=control, batch_size=rows, tokenizer=material.tokenizer,
+                     max_new=answer_budget(self.recipe, material.source), tick=tick)
+
+    # -- the disk
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another's."""
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            with naming_damage(path):
+                saved, _ = read_pt(path)
+                check_shape(saved, CHECKPOINT, "the checkpoint")
+            check_same_run(path, saved["identity"], self.identity)
+            with naming_damage(path):
+                self.take_over(saved)
+            say(f"{self.name}: going on from step {self.step}")
+        here = surroundings(self.experiment.device)
+        moved = []
+        if self.history:
+            before = {key: self.history[-1][key] for key in here}
+            moved = differences(before, here)
+        if moved:
+            say(f"{self.name}: resuming on a different machine or code version "
+                f"({in_words(moved, 'before', 'now')}); results may differ in the last bits")
+        if moved or not self.history:
+            self.history.append({"from_step": self.step, **here})
+
+    def take_over(self, saved: dict) -> None:
+        """Load a checkpoint's contents. An error of any type where they do not fit this arm."""
+        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
+            raise ValueError("history or seconds has a value that cannot be")
+        self.check_progress(saved["step"], saved["metrics"], saved["records"])
+        self.model.load_state_dict(saved["model"])
+        if self.fs is not None:
+            self.fs.load_state_dict(saved["fs"])
+        # learning rates and the like are the recipe's; a checkpoint holds the moments alone
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        if saved["step"] > 0:
+            self.check_moments(saved["step"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
+
+    def check_progress(self, step: int, metrics: list[dict], records: list[dict]) -> None:
+        """ValueError unless there is a loss for every step, and a record an example for every evaluation."""
+        losses = [line for line in metrics if "train_loss" in line]
+        check_shape(losses, [{"train_loss": float}], "metrics")
+        trained = [line["step"] for line in losses]
+        evaluated = [line["step"] for line in metrics if "train_loss" not in line]
+        due = list(range(0, len(trained), self.recipe.eval_every))
+        ids = [example.id for example in self.experiment.material.validation]
+        scored = [(place, id) for place in evaluated for id in ids]
+        if (len(trained) != step or trained != list(range(1, len(trained) + 1))
+                or evaluated not in (due, due + [step])    # the last one is made after a save
+                or [(line["step"], line["id"]) for line in records] != scored):
+            raise ValueError("its step, its metrics and its records do not belong together")
+
+    def check_moments(self, step: int) -> None:
+        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        parameters = list(self.model.parameters())
+        if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
+            parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
+        for parameter in parameters:
+            if parameter.requires_grad:
+                moments = self.optimizer.state[parameter]
+                fits = moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                if not fits or moments["step"].item() != step:
+                    raise ValueError("its optimizer does not fit its model")
+
+    def save(self) -> None:
+        """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
+        self.check_owner()
+        checkpoint = {"identity": self.identity, "step": self.step, "seconds": self.seconds,
+                      "metrics": self.metrics, "records": self.records, "history": self.history,
+                      "model": self.model.state_dict(), "fs": self.fs and self.fs.state_dict(),
+                      "optimizer": self.optimizer.state_dict()["state"]}
+        write_pt(checkpoint, self.folder / "checkpoint.pt")
+        self.write_lines("running")
+        self.saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Leave the folder complete: weights, controls, and a run.json that says done."""
+        self.check_owner()
+        self.model.save(self.folder / "model.pth")
+        if self.fs is not None:
+            write_json(self.folder / "controls.jsonl", self.controls)
+            write_pt({name: tensor.cpu() for name, tensor in self.fs.state_dict().items()},
+                     self.folder / "fs.pth")
+        self.write_lines("done")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def write_lines(self, status: str) -> None:
+        write_json(self.folder / "metrics.jsonl", self.metrics)
+        write_json(self.folder / "records.jsonl", self.records)
+        run = self.identity | {"status": status, "steps": self.step, "seconds": int(self.seconds),
+                               "history": self.history}
+        write_json(self.folder / "run.json", [run], indent=1)
+
+
+def train_arm(arm: Arm, interrupt: Interrupt) -> None:
+    """Train an arm to the end of its budget, evaluating on the way, and leave its folder complete."""
+    recipe, material = arm.recipe, arm.experiment.material
+    arm.resume()
+    progress = Progress(60 * arm.experiment.minutes if arm.experiment.minutes else recipe.steps)
+    # the stand-in's questions get harder with every step, so they come as they are
+    stream = batches(material.train, recipe.batch_size, arm.experiment.seed, arm.step,
+                     shuffle=material.source != "standin")
+    with interrupt.waiting(True):    # Ctrl-C waits for a save, so that no step is lost
+        for batch in stream:
+            finished = arm.budget_spent()
+            if (finished or arm.step % recipe.eval_every == 0) and not arm.evaluated():
+                arm.save()    # an evaluation may be stopped, or killed
+                with interrupt.waiting(False):    # it can be made again
+                    arm.evaluate()
+            if finished:
+                break
+            arm.train_step(batch)
+            arm.show_progress(progress)
+            if interrupt.requested or time.monotonic() - arm.saved > SECONDS_BETWEEN_CHECKPOINTS:
+                arm.save()
+            interrupt.stop_if_requested()
+        arm.save()
+    interrupt.stop_if_requested()
+    arm.score_controls()
+    with interrupt.waiting(True):    # seconds, after which nothing is left half done
+        arm.finish()
+    interrupt.stop_if_requested()
+
+
+# ---- both arms of a seed -----------------------------------------------------------------------------------
+
+def run_seed(recipe: Round, seed: int, source: str, material: Material | None, args: argparse.Namespace,
+             seeds_asked: list[int], interrupt: Interrupt) -> None:
+    """One seed of a round, from taking its folder to the report.
+
+    Args: source and material, as choose_material gives them; seeds_asked, all seeds of the command, whose
+    runs --fresh starts over.
+    """
+    device, minutes = torch.device(args.device), args.minutes
+    folder = args.runs / FOLDERS[source] / recipe.name / f"seed{seed}"
+    with owned(folder) as check_owner:
+        if source == "standin":
+            material = standin_material(recipe, seed, args.assets, device)
+            minutes = None    # its questions are made for its steps
+        experiment = Experiment(recipe, seed, material, minutes, device, folder)
+        identity = experiment.identity()
+        identities = {arm: identity | {"arm": arm} for arm in args.arms}
+        # everything that can be refused is refused before anything is deleted or trained
+        replaced = set(seeds_asked) if args.fresh else set()
+        check_comparable(folder.parent, identity, args.arms, replaced)
+        if args.fresh:
+            delete_folders([folder / arm for arm in args.arms])
+        states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
+        for arm in args.arms:
+            if states[arm] == "done":
+                # a run that is killed in its last moment is done, and its checkpoint is still there
+                (folder / arm / "checkpoint.pt").unlink(missing_ok=True)
+                say(f"{recipe.name} seed {seed} {arm}: this run is done; --fresh starts it over")
+                continue
+            if states[arm] == "absent" and not args.fresh:
+                if copy_identical_no_fs(folder / arm, identities[arm], surroundings(device)):
+                    continue
+            train_arm(Arm(experiment, identities[arm], check_owner), interrupt)
+        if args.arm == "both":
+            tell_outcome(experiment)
+
+
+def tell_outcome(experiment: Experiment) -> None:
+    """Print the report on all seeds of the round, and on the stand-in what came out in words."""
+    folder = experiment.folder
+    read_seed(folder)    # a report leaves out what is damaged; of this seed the damage is an error
+    result, text = write_report(folder.parent)
+    tell(text)
+    if experiment.material.source == "standin":
+        tell(explain(result, experiment.seed, experiment.material.validation, folder))
+
+
+# ---- the command -------------------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--round", nargs="+", default=[], metavar="R", help="as --list names them; R9 is R9a and R9b")
-    option("--list", action="store_true", help="show the rounds and what is on disk, and stop")
+    option("--list", action="store_true", help="show rounds, settings and the runs on the disk, and stop")
     option("--seed", "--seeds", dest="seeds", metavar="N", help="one, or 0-9 or 0,3,5; default: the round's")
     option("--arm", choices=(*ARMS, "both"), default="both")
+    option("--data", type=Path, metavar="DIR", help="your own DIR/train.jsonl, DIR/validation.jsonl")
     option("--base", metavar="PATH|init|init:L12-D64", help="a .pth, or fresh; default: the round's own")
-    option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of data and bases (assets)")
+    option("--assets", type=Path, default=Path("assets"), metavar="DIR", help="of downloads (assets)")
     option("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
     option("--set", nargs="+", action="extend", default=[], metavar="key=value", dest="settings",
            help="change settings of the round, see --list")
@@ -75,13 +540,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--minutes", type=float, metavar="M", help="the log's kind of budget, in place of steps")
     option("--fresh", action="store_true", help="start over, deleting what the arms' folders hold")
     option("--offline", action="store_true", help="never use the network")
-    option("--standin", action="store_true", help="run in miniature, on made-up questions")
-    option("--real", action="store_true", help="never run in miniature, with or without a GPU")
+    option("--standin", action="store_true", help="run on the stand-in: made-up questions and a tiny base")
+    option("--real", action="store_true", help="never run on the stand-in, with or without a GPU")
     args = parser.parse_args(argv)
     if not args.list and not args.round:
         parser.error("name a round with --round (python train.py --list shows them)")
-    if args.standin and (args.base or args.minutes or args.real):
-        parser.error("--standin has its own base and counts steps; leave --base, --minutes and --real out")
+    if args.standin and (args.base or args.minutes or args.real or args.data):
+        parser.error("--standin has its own base and questions and counts steps; leave --base, --data, "
+                     "--minutes and --real out")
+    if args.data and args.real:
+        parser.error("--data and --real are two sources of questions; leave one out")
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -93,450 +561,205 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def list_rounds(runs_dir: Path) -> None:
     """Every round's recipe, the log's numbers, recomputed, and the runs that are on the disk."""
     for name, recipe in load_rounds()[0].items():
-        print(f"{name}: {recipe.title}")
+        tell(f"{name}: {recipe.title}")
         own = {key: value for key, value in recipe.settings().items() if value != getattr(Round, key, "")}
-        print("   ", *(f"{key}={value}".lower() for key, value in own.items()))
+        parent = f"as {recipe.inherits}; " if recipe.inherits else ""
+        tell(f"    {parent}" + " ".join(f"{key}={value}".lower() for key, value in own.items()))
         if recipe.log:
-            print(f"    the log: {text_of_log(log_numbers(recipe))}")
+            tell(f"    the log: {text_of_log(log_numbers(recipe))}")
         for path in sorted(runs_dir.glob(f"**/{name}/seed*/*/run.json")):
             try:
                 run = read_run(path.parent)
-                print(f"    on disk: {path.parent}, {run['status']} at step {run['steps']}")
-            except ValueError as error:
-                print(f"    on disk: {error}")
-    print("\nsettings, for --set, and their defaults:")
-    print("   ", *(f"{key}={getattr(Round, key, '')}".lower() for key in SETTINGS))
+                tell(f"    on disk: {path.parent}, {run['status']} at step {run['steps']}")
+            except (ValueError, OSError) as error:
+                tell(f"    on disk: {error}")
+    tell("\nsettings, for --set, with their defaults:")
+    for line in setting_lines():
+        tell(f"    {line}")
 
 
-# ---- what it takes -----------------------------------------------------------------------------------------
-
-class Material(NamedTuple):
-    """What the arms are made from and scored on."""
-
-    train: list[Example]
-    validation: list[Example]
-    base: RWKV7             # read once: both arms start from these tensors
-    base_name: str
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Job:
-    """One seed of a round: what its two arms have in common."""
-
-    recipe: Round
-    seed: int
-    standin: bool
-    minutes: float | None
-    device: torch.device
-    folder: Path            # runs/R8/seed1
-    material: Material
-
-    def identity(self, arm: str) -> dict:
-        """What a run is. Where any of it differs it is another run."""
-        train, validation, base, base_name, _ = self.material
-        return {"round": self.recipe.name, "seed": self.seed, "arm": arm, "standin": self.standin,
-                "settings": self.recipe.settings(), "minutes": self.minutes,
-                "base": {"name": base_name, "sha256": base.sha256},
-                "data": {"train": fingerprint(train), "validation": fingerprint(validation)}}
-
-    def surroundings(self) -> dict:
-        """What a run should not depend on, but for its last bits."""
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        machine = {"device": gpu or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(),
-                   "threads": torch.get_num_threads(), "torch": str(torch.__version__),
-                   "python": platform.python_version()}
-        return {"code": CODE[:16], "machine": machine}
+def share_of_this_process(jobs: list) -> list:
+    """What of a list is this process's, by the RANK and WORLD_SIZE that torchrun or a job array sets."""
+    numbers = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(f"{name}={text}: must be a whole number, as torchrun sets it")
+        numbers[name] = int(text)
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank >= size:
+        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK must be from 0 to WORLD_SIZE - 1")
+    return jobs[rank::size]
 
 
-def find_base(choice: str | None, recipe: Round, assets: Path, offline: bool) -> tuple[RWKV7, str]:
-    """The base that --base names, or the round's own, downloaded if need be; and its name."""
-    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice or "")
-    if fresh:
-        width = int(fresh[2] or 768)
-        if width % 16:    # the width of a head, whose norm would drown what fewer channels hold
-            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
-        config = Config.published(int(fresh[1] or 12), width, head_size=math.gcd(width, 64))
-        return RWKV7.init(config, seed=0), f"init:L{config.n_layer}-D{width}"
-    path = Path(choice) if choice else assets / "weights" / recipe.base
-    if choice is None and not path.exists():
-        download(BASE_URL + recipe.base, path, RWKV7.load, offline)
-    return RWKV7.load(path), path.name
-
-
-def real_material(recipe: Round, args: argparse.Namespace) -> Material:
-    """What a Job needs of the publishers' data and base. FileNotFoundError, a line a file that is missing."""
-    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
-                 max_answer=recipe.max_answer, assets=args.assets, offline=args.offline)
-    found, missing = [], []
-    for load in (
-        lambda: load_examples(recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules),
-        lambda: load_examples(recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
-                              **rules),
-        lambda: find_base(args.base, recipe, args.assets, args.offline),
-    ):
-        try:
-            found.append(load())
-        except FileNotFoundError as error:
-            missing.append(str(error))
-    if missing:
-        raise FileNotFoundError("\n".join(missing))
-    train, validation, (base, name) = found
-    largest = max(max(example.prompt + example.answer) for example in train + validation)
-    if largest >= base.config.vocab_size:
-        raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, and examples hold "
-                         f"{largest}; use a base with the RWKV World vocabulary")
-    if recipe.fs_layer_start >= base.config.n_layer:
-        say(f"note: {name} has no layer {recipe.fs_layer_start}, fs_layer_start: nothing is seeded")
-    return Material(train, validation, base, name, Tokenizer())
-
-
-def standin_material(recipe: Round, seed: int, args: argparse.Namespace, progress: Progress) -> Material:
-    """The same of the stand-in: the seed's own questions, and its base, trained here if it is not there."""
-    path = standin.base_path(recipe, seed, args.assets)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)    # or fail before the work, not after
-        standin.pretrain(recipe, seed, path, torch.device(args.device), progress)
-    return Material(standin.training_examples(recipe, seed), standin.validation_examples(recipe),
-                    RWKV7.load(path), "stand-in", standin.small_tokenizer())
-
-
-def work_of(recipe: Round, arms: list[str]) -> float:
-    """The tokens that a seed's arms may read; a training step counts three times, four if it recomputes."""
-    training = (3 + recipe.checkpoint_activations) * recipe.steps * recipe.batch_size
-    scoring = (1 + -(-recipe.steps // recipe.eval_every)) * recipe.n_val
-    controls = len(CONTROLS) * recipe.n_val if "prompt_fs" in arms else 0
-    return recipe.max_prompt * (len(arms) * (training + scoring) + controls)
-
-
-def announce(recipe: Round, real: Round, reason: str, args: argparse.Namespace) -> None:
-    """What is about to happen, before the first slow thing; with a reason, in miniature."""
-    lines = [f"{recipe.name}: {recipe.title}"]
-    if reason:
-        lines += [f"ON THE STAND-IN, in miniature: {reason}",
-                  f"made-up questions of {recipe.facts} facts, and a tiny base that is trained here first"]
-    if args.device == "cpu" and args.base is None:
-        # real prompts are 1.2 to 1.4 times min_prompt on average, and ARC's a seventh of max_prompt; the 0.1b
-        # model multiplies 91 million weights with every token; one AMD EPYC core manages 55 GFLOP/s
-        filled = max(1.25 * real.min_prompt / real.max_prompt, 1 / 7)
-        taken = duration(work_of(real, args.arms) * filled * 2 * 91e6 / 55e9)
-        lines.append(f"the real round takes about {taken} a seed on a CPU{'; --real runs it' * bool(reason)}")
-    budget = f"{args.minutes:g} minutes" if args.minutes and not reason else f"{recipe.steps} steps"
-    lines += [f"to do: {' and '.join(args.arms)}, {budget}, {recipe.batch_size} questions a step, scored on "
-              f"{recipe.n_val} questions every {recipe.eval_every} steps",
-              f"on {args.device}, into {args.runs / ('standin' if reason else '') / recipe.name}"]
-    say("\n  ".join(lines))
-
-
-# ---- one arm -----------------------------------------------------------------------------------------------
-
-class Interrupt:
-    """Makes a KeyboardInterrupt of Ctrl-C and SIGTERM: at once or, while `patient`, when a step is saved."""
-
-    patient = False
-    requested = 0
-
-    def __call__(self, number, frame) -> None:
-        if self.requested or not self.patient:
-            raise KeyboardInterrupt(number)
-        self.requested = number
-        say("finishing this step, then saving; once more to stop at once")
-
-
-@dataclass
-class Ledger:
-    """What a checkpoint holds beside weights and optimiser."""
-
-    step: int = 0             # optimiser steps taken
-    seconds: float = 0.0      # spent in them
-    metrics: list[dict] = field(default_factory=list)
-    records: list[dict] = field(default_factory=list)
-    history: list[dict] = field(default_factory=list)    # from which step on it ran in which surroundings
-
-
-def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices only, and Future-Seed's parameters at rates of their own."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = name.endswith(".weight") and parameter.ndim == 2
-        (matrices if is_matrix else others).append(parameter)
-    # train_step sets the rates, which may have to rise to these first
-    groups = [{"params": matrices, "full_lr": recipe.lr, "weight_decay": recipe.weight_decay},
-              {"params": others, "full_lr": recipe.lr, "weight_decay": 0.0}]
-    for name, parameter in fs.named_parameters() if fs is not None else ():
-        full_lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
-        groups.append({"params": [parameter], "full_lr": full_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
-
-
-class Arm:
-    """One arm of a job: its model, optimiser and ledger, and what changes them."""
-
-    def __init__(self, job: Job, name: str):
-        self.job = job
-        self.name = f"{job.recipe.name} seed {job.seed} {name}"
-        self.folder = job.folder / name
-        self.identity = job.identity(name)
-        self.model = copy.deepcopy(job.material.base).to(job.device)
-        self.model.checkpoint_activations = job.recipe.checkpoint_activations
-        self.fs = None
-        if name == "prompt_fs":
-            self.fs = FutureSeed(self.model.config, **job.recipe.fs_settings()).to(job.device)
-        self.optimizer = make_optimizer(self.model, self.fs, job.recipe)
-        self.ledger = Ledger()
-
-    def train_step(self, batch: list[Example]) -> float:
-        """One optimiser step in pieces of micro_batch_size rows. Returns the loss, a mean over the batch."""
-        recipe, device = self.job.recipe, self.job.device
-        started = time.monotonic()
-        size = recipe.micro_batch_size or len(batch)
-        losses = []
-        self.optimizer.zero_grad(set_to_none=True)
-        for i in range(0, len(batch), size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                prompt, lengths, answer, answer_lengths = collate(batch[i:i + size], device)
-                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
-                loss = answer_loss(logits, answer, answer_lengths)
-            (loss.sum() / len(batch)).backward()
-            losses.append(loss.detach())
-        if recipe.grad_clip:
-            own = [] if self.fs is None else self.fs.parameters()
-            torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *own], recipe.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * min(1.0, (self.ledger.step + 1) / max(1, recipe.warm_up))
-        self.optimizer.step()
-        self.ledger.step += 1
-        loss = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
-        self.ledger.seconds += time.monotonic() - started
-        self.finite(loss, f"the loss at step {self.ledger.step} (examples {', '.join(e.id for e in batch)})")
-        self.ledger.metrics.append({"step": self.ledger.step, "train_loss": loss})
-        return loss
-
-    def finite(self, loss: float, what: str) -> None:
-        """Raises ValueError unless a loss is a number: of what follows, nothing could be kept."""
-        if not loss < float("inf"):
-            raise ValueError(f"{self.name}: {what} is {loss}; the last checkpoint is kept; a lower lr may "
-                             f"help, as in --set lr={self.job.recipe.lr / 3:.1g}")
-
-    def scored(self, progress: Progress, control: str | None = None) -> list[dict]:
-        """Records of the whole validation set."""
-        job, step, longest = self.job, self.ledger.step, self.job.recipe.max_prompt
-        validation, rows = job.material.validation, max(1, TOKENS_PER_EVALUATION_BATCH // longest)
-        what = f"its seed states {CONTROLS[control]}" if control else f"validation at step {step}"
-
-        def tick(done, more):
-            progress.tick(more * longest, f"{self.name}: {what}: {done} of {len(validation)} questions")
-
-        return score(self.model, validation, self.fs, device=job.device, step=step, control=control,
-                     batch_size=rows, tokenizer=job.material.tokenizer, tick=tick)
-
-    def evaluate(self, progress: Progress) -> None:
-        """Score the whole validation set and write down what came out."""
-        records = self.scored(progress)
-        means = means_of(records)
-        self.finite(means["loss"], f"the validation loss after step {self.ledger.step}")
-        self.ledger.records += records
-        self.ledger.metrics.append({"step": self.ledger.step, **means})
-        exact = "option accuracy" if self.job.recipe.task == "arc" else "exact match"
-        say(f"{self.name}: step {self.ledger.step}, validation loss {means['loss']:.4f}, token accuracy "
-            f"{means['acc']:.4f}, {exact} {means['EM']:.4f}")
-
-    def resume(self) -> None:
-        """Go on from the folder's checkpoint, if any. ValueError if it is damaged or another run's."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            with damage_told(path):
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                identity, self.ledger = saved["identity"], Ledger(**saved["ledger"])
-            refuse_another(path, identity, self.identity)
-            self.model.load_state_dict(saved["model"])
-            if self.fs is not None:
-                self.fs.load_state_dict(saved["fs"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            say(f"{self.name}: going on from step {self.ledger.step}")
-        here, history = self.job.surroundings(), self.ledger.history
-        moved = in_words({key: history[-1][key] for key in here}, here) if history else ""
-        if moved:
-            say(f"{self.name}: not where it ran before ({moved}); the last bits may differ")
-        if moved or not history:
-            history.append({"from_step": self.ledger.step, **here})
-
-    def save(self, status: str = "running") -> None:
-        """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
-        ledger = self.ledger
-        if status == "running":
-            save_tensors({"identity": self.identity, "ledger": vars(ledger), "model": self.model.state_dict(),
-                          "fs": self.fs and self.fs.state_dict(), "optimizer": self.optimizer.state_dict()},
-                         self.folder / "checkpoint.pt")
-        write_json(self.folder / "metrics.jsonl", ledger.metrics)
-        write_json(self.folder / "records.jsonl", ledger.records)
-        run = {**self.identity, "twin": twin_key(self.identity, ledger.history[0]), "status": status,
-               "steps": ledger.step, "seconds": int(ledger.seconds), "history": ledger.history}
-        write_json(self.folder / "run.json", [run], indent=1)
-
-    def finish(self, controls: list[dict]) -> None:
-        """Leave the folder complete."""
-        self.model.save(self.folder / "model.pth")
-        if self.fs is not None:
-            write_json(self.folder / "controls.jsonl", controls)
-            own = {key: value.cpu() for key, value in self.fs.state_dict().items()}
-            save_tensors(own, self.folder / "fs.pth")
-        self.save("done")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def run_arm(job: Job, name: str, progress: Progress, interrupt: Interrupt) -> None:
-    """Train an arm to the end of its budget, evaluating on the way, and leave its folder complete."""
-    arm, recipe = Arm(job, name), job.recipe
-    arm.resume()
-    ledger = arm.ledger
-    each = (3 + recipe.checkpoint_activations) * recipe.max_prompt
-    progress.total -= each * ledger.step * recipe.batch_size    # an earlier process took these steps
-    stream = batches(job.material.train, recipe.batch_size, job.seed, ledger.step, shuffle=not job.standin)
-    saved = time.monotonic()
-    while True:
-        interrupt.patient = True
-        # --minutes, the log's kind of budget, counts the seconds spent in training steps
-        finished = ledger.seconds >= 60 * job.minutes if job.minutes else ledger.step >= recipe.steps
-        evaluated = ledger.records and ledger.records[-1]["step"] == ledger.step
-        due = (finished or ledger.step % recipe.eval_every == 0) and not evaluated
-        if due or finished or interrupt.requested or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-            arm.save()    # before an evaluation too: it may be killed
-            saved = time.monotonic()
-        if interrupt.requested:
-            raise KeyboardInterrupt(interrupt.requested)
-        if due:
-            interrupt.patient = False    # nothing is lost where an evaluation is left
-            arm.evaluate(progress)
-            continue
-        if finished:
-            break
-        batch = next(stream)
-        loss = arm.train_step(batch)
-        progress.tick(each * len(batch), f"{arm.name}: step {ledger.step} of {recipe.steps}, loss {loss:.3f}")
-    interrupt.patient = False
-    controls = []
-    for control in CONTROLS if arm.fs is not None else ():
-        controls += arm.scored(progress, control)
-    arm.finish(controls)
-
-
-# ---- the verdict -------------------------------------------------------------------------------------------
-
-def run_seed(recipe: Round, seed: int, material: Material | None, args: argparse.Namespace,
-             progress: Progress, interrupt: Interrupt) -> None:
-    """One seed, from taking its folder to the report. Without material it runs on the stand-in."""
-    folder = args.runs / ("standin" if material is None else "") / recipe.name / f"seed{seed}"
-    with locked(folder):
-        here = material or standin_material(recipe, seed, args, progress)
-        minutes = args.minutes if material else None    # the stand-in's questions are made for its steps
-        job = Job(recipe, seed, material is None, minutes, torch.device(args.device), folder, here)
-        if args.fresh:
-            clear(folder, args.arms)
-        # of all arms before the first runs: a refusal comes at once
-        states = [status_of(folder / arm, job.identity(arm)) for arm in args.arms]
-        for arm, state in zip(args.arms, states):
-            twin = twin_key(job.identity(arm), job.surroundings())
-            if state == "done":
-                say(f"{recipe.name} seed {seed} {arm}: done before; --fresh runs it again")
-            elif state == "running" or args.fresh or not copy_twin(folder / arm, job.identity(arm), twin):
-                run_arm(job, arm, progress, interrupt)
-        if args.arm == "both":
-            read_seed(folder)    # a report leaves out what is damaged, but not without a word on this seed
-            result, text = report(folder.parent)
-            print(text)
-            if job.standin:
-                print(explain(result, seed, here.validation, here.tokenizer, folder))
-
-
-def reproducible(device: str) -> None:
+def make_reproducible(device: torch.device) -> None:
     """From here on, the same command gives the same bits on the same machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ between runs
     torch.use_deterministic_algorithms(True, warn_only=True)
     # or every new tensor would be filled first, though nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
         # and on others: sums in AVX-512 end in other bits, and 250 steps make other models of them
         os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 
 
-def choose_material(real: Round, small: Round, args: argparse.Namespace) -> Material | None:
-    """What all seeds of a round need of the publishers' data and base; None: it runs on the stand-in."""
-    no_gpu = args.device == "cpu" and not args.real and args.base is None
-    reason = "asked for with --standin" if args.standin else "there is no GPU" if no_gpu else ""
-    if not reason:
-        announce(real, real, "", args)
+def cpu_time(recipe: Round, arms: list[str], tokens: float) -> str:
+    """About how long a seed takes on one core of a CPU with the 0.1b model, in words.
+
+    Args: tokens, of a prompt on average. A training step costs about 3 forward passes, or 4 with activation
+    checkpointing.
+    """
+    passes = 4 if recipe.checkpoint_activations else 3
+    evaluations = 1 + math.ceil(recipe.steps / recipe.eval_every)
+    prompts = len(arms) * (passes * recipe.steps * recipe.batch_size + evaluations * recipe.n_val)
+    if "prompt_fs" in arms:
+        prompts += len(CONTROLS) * recipe.n_val
+    return duration(prompts * tokens / CPU_TOKENS_PER_SECOND)
+
+
+def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namespace) -> None:
+    """Say what is about to happen, before the first slow thing. `lines` are about the source."""
+    budget = counted(recipe.steps, "step")
+    if args.minutes is not None and source != "standin":
+        budget = f"{args.minutes:g} minutes"
+    lines = [f"{recipe.name}: {recipe.title}", *lines,
+             f"to do: {' and '.join(args.arms)}, {budget}, {counted(recipe.batch_size, 'question')} a step, "
+             f"scored on {counted(recipe.n_val, 'question')} every {counted(recipe.eval_every, 'step')}",
+             f"on {args.device}, into {args.runs / FOLDERS[source] / recipe.name}"]
+    say("\n  ".join(lines))
+
+
+def own_material(recipe: Round, args: argparse.Namespace) -> Material:
+    """A user's own questions, as many as there are up to n_train and n_val, and a base for them."""
+    if recipe.task != "hotpotqa":
+        raise ValueError(f"--data asks in HotpotQA's form, and {recipe.name} is a round of ARC-Challenge. "
+                         "Use a round of HotpotQA, such as S20.")
+    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
+                 max_answer=recipe.max_answer, end_mark=recipe.end_mark)
+    train = load_own_examples(args.data, "train", n=recipe.n_train, **rules)
+    validation = load_own_examples(args.data, "validation", n=recipe.n_val, **rules)
+    recipe = dataclasses.replace(recipe, n_val=len(validation))
+    lines = [f"OWN DATA, {args.data}: {counted(len(train), 'question')} to train on"]
+    if args.device == "cpu" and args.base is None:
+        tokens = sum(len(example.prompt) for example in train) / len(train)
+        lines.append(f"this takes about {cpu_time(recipe, args.arms, tokens)} a seed on one core of a CPU; a "
+                     "smaller --base takes less")
+    announce(recipe, "own", lines, args)
+    base, name = find_base(args.base or recipe.base, args.base is None, args.assets, args.offline)
+    return checked_material(Material("own", train, validation, base, name, Tokenizer()))
+
+
+def choose_material(real: Round, small: Round,
+                    args: argparse.Namespace) -> tuple[str, Round, Material | None]:
+    """Where a round's questions come from, the recipe for that source, and the material that its seeds share.
+
+    Args: real and small, the recipe on real records and on the stand-in. The material is None on the
+    stand-in, where every seed has its own.
+    """
+    if args.data:
+        check_together(real, "these settings")
+        return "own", real, own_material(real, args)
+    slow = args.device == "cpu" and args.base is None
+    # real prompts are about 1.25 times min_prompt long, and ARC's a seventh of max_prompt
+    tokens = max(1.25 * real.min_prompt, real.max_prompt / 7)
+    hours = f"the real round takes about {cpu_time(real, args.arms, tokens)} a seed on one core of a CPU"
+    why = ""
+    if args.standin:
+        why = "asked for with --standin"
+    elif slow and not args.real:
+        why = "there is no GPU"
+    if not why:
+        check_together(real, "these settings")
+        announce(real, "real", [hours] if slow else [], args)
         try:
-            return real_material(real, args)
+            return "real", real, real_material(real, args.base, args.assets, args.offline)
         except FileNotFoundError as error:
             if args.real or args.base is not None:
                 raise
-            missing = [line.partition(";")[0] for line in str(error).splitlines()]
-            reason = "\n    ".join(["the real data or base cannot be had:", *missing])
-    announce(small, real, reason, args)
-    return None
+            why = f"the real data or base cannot be had\n{error}".replace("\n", "\n    ")
+    lines = [f"ON THE STAND-IN, in miniature: {why}",
+             f"a tiny base first learns to answer made-up questions on {small.facts} facts, with the",
+             f"question first; then the arms are trained and scored with {ORDERS[small.order]}"]
+    if slow:
+        lines.append(f"{hours}; --real runs it")
+    check_together(small, "these settings")
+    announce(small, "standin", lines, args)
+    return "standin", small, None
 
 
-def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
-    """Every round and seed that was asked for. Returns the exit code: a seed that fails stops no other."""
+class Plan(NamedTuple):
+    """A round that was asked for."""
+
+    real: Round               # its recipe on the publishers' records, or on a user's own questions
+    small: Round              # its recipe on the stand-in
+    seeds_asked: list[int]    # of the whole command
+    seeds: list[int]          # this process's share of them
+
+
+def plan(args: argparse.Namespace) -> list[Plan]:
+    """What was asked for. ValueError for a name, a setting or a seed that is wrong."""
     published, miniatures = load_rounds()
-    names = expand(args.round, published)
-    asked = seeds_of(args.seeds) if args.seeds else None
-    # settings first: a wrong one is told before anything is loaded or made
-    real = {name: with_settings(published[name], args.settings) for name in names}
-    small = {name: with_settings(miniatures[name], args.settings) for name in names}
-    jobs = [(name, seed) for name in names for seed in asked or real[name].seeds]
-    # torchrun's processes share them: rounds and seeds do not depend on each other
-    jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
-    if "LOCAL_RANK" in os.environ and args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    threads = torch.get_num_threads()
-    materials, failed = {}, False
-    for number, (name, seed) in enumerate(jobs):
-        try:
-            if name not in materials:    # once a round: all its seeds get the same answer
-                materials[name] = choose_material(real[name], small[name], args)
-            made_up = materials[name] is None
-            recipes = small if made_up else real
-            progress = Progress(0.0)    # of all that is left, at this seed's own pace
-            for later, its_seed in jobs[number:]:
-                progress.total += work_of(recipes[later], args.arms)
-                if made_up and not standin.base_path(small[later], its_seed, args.assets).exists():
-                    progress.total += standin.base_work(small[later])
-            # to small arrays a second thread is worth little; on a busy machine it costs ten times as much
-            torch.set_num_threads(1 if made_up else threads)
-            run_seed(recipes[name], seed, materials[name], args, progress, interrupt)
-        except (ValueError, OSError) as error:
-            complain(error)
-            failed = True
-    return 2 if failed else 0
+    rounds, jobs = [], []
+    for name in expand(args.round, published):
+        real = published[name]
+        if args.data:    # the shortest prompt that a round takes is about HotpotQA's articles
+            real = dataclasses.replace(real, min_prompt=0)
+        real, small = (with_settings(recipe, args.settings) for recipe in (real, miniatures[name]))
+        seeds = seeds_of(args.seeds) if args.seeds else list(real.seeds)
+        rounds.append((real, small, seeds))
+        jobs += [(name, seed) for seed in seeds]
+    share = share_of_this_process(jobs)
+    plans = [Plan(real, small, seeds, [seed for seed in seeds if (real.name, seed) in share])
+             for real, small, seeds in rounds]
+    return [plan for plan in plans if plan.seeds]
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
+    device = torch.device(args.device)
+    warnings.showwarning = lambda message, *_: say(f"note: {message}")    # in one line, like all else
     interrupt = Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    failed = False
     try:
-        reproducible(args.device)
+        make_reproducible(device)
         if args.list:
             list_rounds(args.runs)
             return 0
-        return run(args, interrupt)
+        if "LOCAL_RANK" in os.environ and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        threads = torch.get_num_threads()
+        for real, small, seeds_asked, seeds in plan(args):
+            try:
+                source, recipe, material = choose_material(real, small, args)
+            except (ValueError, OSError) as error:
+                complain(error)    # the other rounds run all the same, and so do the other seeds below
+                failed = True
+                continue
+            # small arrays gain little from a second thread, and on a busy machine they lose much
+            torch.set_num_threads(1 if source == "standin" else threads)
+            for seed in seeds:
+                try:
+                    run_seed(recipe, seed, source, material, args, seeds_asked, interrupt)
+                except (ValueError, OSError) as error:
+                    complain(error)
+                    failed = True
     except KeyboardInterrupt as stop:
         again = "the same command without --fresh" if args.fresh else "the same command"
         say(f"stopped; what was saved is kept, and {again} goes on from there")
-        return 128 + stop.args[0]
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
         complain(error)
-        return 2
+        failed = True
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
             raise
         complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
-        return 2
+        failed = True
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The road from wkv.py to wkv_kernel.cu: compiles the kernels, checks them at first use, and launches them.
+"""Between wkv.py and wkv_kernel.cu: compiles the kernels, checks them at first use, and launches them.
 
-The user needs no CUDA toolkit: NVRTC and its Python bindings come with torch's CUDA builds for Linux, and the
-driver does the rest. Compiled kernels are kept in $WKV_CACHE, or else $XDG_CACHE_HOME/wkv7, or else
-~/.cache/wkv7, named by a hash of all that went into them. What goes wrong in here is an OSError of one line.
+The user needs no CUDA toolkit. NVRTC and its Python bindings come with torch's CUDA builds for Linux, and the
+driver does the rest. Compiled kernels are kept in $WKV_CACHE, or else in $XDG_CACHE_HOME/wkv7, or else in
+~/.cache/wkv7. A file's name is a hash of all that the kernels were compiled from. Whatever goes wrong in here
+is an error of one line, which `load` prints before the PyTorch form runs instead.
 
-Reference: the manuals of the CUDA Driver API and of NVRTC (docs.nvidia.com/cuda). wkv_kernel.cu begins with
-its entry points and their arguments.
+References: the manuals of the CUDA Driver API and of NVRTC (docs.nvidia.com/cuda). wkv_kernel.cu begins with
+a list of its entry points and their arguments.
 
 Shapes: B batch, T tokens, H heads, N head size. A chunk is 16 tokens, a segment several chunks.
 """
@@ -16,6 +17,8 @@ import functools
 import hashlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +26,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from files import atomic_write
 
 try:
     from cuda.bindings import nvrtc
@@ -34,17 +35,20 @@ except ImportError:
 SOURCE = Path(__file__).with_name("wkv_kernel.cu")
 ENTRY_POINTS = ("wkv_forward", "wkv_backward_chain", "wkv_backward", "wkv_token_forward")
 HEAD_SIZES = (16, 32, 64, 128)
-MAX_B = 65535  # of the second dimension of a grid
+OUTPUTS = ("y", "state", "dr", "dlog_w", "dk", "dv", "da", "db", "dstate")
+MAX_B = 65535  # what the second dimension of a grid may be
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class Kernels(NamedTuple):
     """wkv_kernel.cu on one GPU, for one head size and input type."""
 
     dtype: torch.dtype  # of the inputs, bf16 or fp32
-    chunked: bool  # whether the tensor-core kernels run, which have a backward; the token kernel always does
+    chunked: bool  # whether the tensor-core kernels run, which have a backward; the token kernel always runs
     context: ctypes.c_void_p
     functions: dict[str, ctypes.c_void_p]
-    shared: dict[str, int]  # bytes of dynamic shared memory that each takes
+    shared: dict[str, int]  # bytes of dynamic shared memory that each kernel takes
     processors: int
 
 
@@ -54,7 +58,11 @@ loaded: dict[tuple, Kernels | None] = {}
 
 
 def load(device: torch.device, N: int, bf16: bool, reference) -> Kernels | None:
-    """The kernels for such inputs, or None without any that agree with `reference`, the recurrence."""
+    """The kernels for such inputs, or None where there are none that agree with `reference`, the recurrence.
+
+    The first call for a device, head size and input type compiles and checks the kernels; later calls return
+    what the first one found. Where that is None, the reason stands in one line on stderr.
+    """
     key = device, N, bf16
     if key in loaded:
         return loaded[key]
@@ -67,36 +75,70 @@ def load(device: torch.device, N: int, bf16: bool, reference) -> Kernels | None:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_check, kernels, device, N, reference).result()
         loaded[key] = kernels
-    except OSError as error:
-        print(f"wkv: no CUDA kernel, the slower PyTorch form runs: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # torch tells a GPU's fault as a RuntimeError of many lines
+        reason = str(error).partition("\n")[0]
+        print(f"wkv: no CUDA kernel, the slower PyTorch form runs: {reason}", file=sys.stderr)
     return loaded.get(key)
 
 
+class Comparison(NamedTuple):
+    """What kernels gave on one problem, beside the recurrence in fp64."""
+
+    kernels: str
+    shape: tuple[int, int, int, int]  # of the problem, (B, T, H, N)
+    errors: dict[str, float]  # of each output, relative L2
+    allowed: float
+
+
 def _check(kernels: Kernels, device: torch.device, N: int, reference) -> None:
-    """Raises OSError unless the kernels give the recurrence on two problems, which take every path."""
+    """Raises OSError, which says all that is known, if one of the kernels does not give the recurrence."""
+    for found in _compare(kernels, device, N, reference):
+        if not all(error <= found.allowed for error in found.errors.values()):  # a NaN is wrong too
+            errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
+            raise OSError(f"ITS NUMBERS ARE WRONG, please report this line: {found.kernels}, (B, T, H, N) = "
+                          f"{found.shape}, {kernels.dtype}, relative errors {errors}, "
+                          f"allowed {found.allowed:.1e}")
+
+
+def _compare(kernels: Kernels, device: torch.device, N: int, reference) -> Iterator[Comparison]:
+    """Holds every kernel against the recurrence, on two problems that together take every path.
+
+    Each tolerance is at least twice the error of right kernels. The problems are such that a fault shows at
+    five times the tolerance and more: dstate is large and the second problem's decays are slow, so that the
+    gradient which crosses segments is a good part of all gradients; and gates are open or shut, so that a
+    and b cannot pass for each other.
+    """
+    # with many heads, neither are rows split over blocks nor tokens over segments. With few heads both are,
+    # and three segments have a first, a middle and a last. Both have five tokens in their last chunk
+    many, few = (kernels.processors + 1) // 2, 2
+    problems = ((many, 53, 4, "wkv_backward"), (few, 149, 6, "wkv_backward_chain and wkv_backward"))
     rng = torch.Generator("cpu").manual_seed(0)  # its own: nobody else's random numbers move
-    # few heads: their rows are split over blocks, their tokens over two segments; many heads: neither is
-    for H, T in ((2, 85), (2 * kernels.processors, 19)):
+    for H, T, slowness, backward in problems:
         r, w, k, v, removal, gate, dy = torch.randn(7, 1, T, H, N, generator=rng).to(device, kernels.dtype)
         state, dstate = torch.randn(2, 1, H, N, N, generator=rng).to(device)
         removal = F.normalize(removal, dim=-1)
-        log_w = -0.6 * (4 * w.float() - 4).sigmoid()  # slow decays: what comes from afar shows
-        problem = (r, log_w, k, v, -removal, removal * gate.sigmoid(), state)
-        exact = _outputs(reference, [x.double() for x in problem], (dy.double(), dstate.double()))
-        by_token = run(kernels._replace(chunked=False), *problem, differentiate=False)
-        found = [(2e-3 if kernels.dtype == torch.float32 else 1e-2, by_token)]
+        log_w = -0.6 * (3 * w.float() - slowness).sigmoid()
+        problem = r, log_w, k, v, -removal, removal * (8 * gate).sigmoid(), state
+        weights = dy, 8 * dstate
+        exact = _outputs(reference, [x.double() for x in problem], [x.double() for x in weights])
+
+        def errors(results) -> dict[str, float]:
+            return {name: ((x.double() - truth).norm() / truth.norm()).item()
+                    for name, x, truth in zip(OUTPUTS, results, exact)}
+
+        shape = 1, T, H, N
+        found = errors(run(kernels._replace(chunked=False), *problem, differentiate=False))
+        yield Comparison("wkv_token_forward", shape, found, 1e-4 if kernels.dtype == torch.float32 else 5e-3)
         if kernels.chunked:
             in_chunks = functools.partial(run, kernels, differentiate=True)
-            found.append((2e-2, _outputs(in_chunks, problem, (dy, dstate))))
-        for tolerance, results in found:
-            errors = [(x.double() - truth).norm() / truth.norm() for x, truth in zip(results, exact)]
-            worst = torch.stack(errors).max().item()
-            if not worst <= tolerance:  # a NaN is wrong too
-                raise OSError(f"ITS NUMBERS ARE WRONG, by {worst:.1e} at head size {N}; please report this")
+            found = errors(_outputs(in_chunks, problem, weights))
+            of_forward = {name: found.pop(name) for name in ("y", "state")}
+            yield Comparison("wkv_forward", shape, of_forward, 1.2e-2)
+            yield Comparison(backward, shape, found, 1.2e-2)
 
 
 def _outputs(function, inputs, weights) -> tuple[Tensor, ...]:
-    """y, the final state, and the gradients of all inputs, given those of y and the state."""
+    """y, the final state, and the gradients of all inputs, given those of y and of the state."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     return *outputs, *torch.autograd.grad(outputs, leaves, weights)
@@ -119,12 +161,13 @@ def _load(device: torch.device, N: int, bf16: bool) -> Kernels:
         driver("cuModuleLoadData", ctypes.byref(module), cubin(architecture, N, bf16))
         driver("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), module, b"wkv_shared_bytes")
         driver("cuMemcpyDtoH_v2", shared, address, size)
-        shared = dict(zip(ENTRY_POINTS, (shared[0], shared[0], shared[1], 0)))
+        rows, gradients = shared
+        shared = dict(zip(ENTRY_POINTS, (rows, rows, gradients, 0)))
         fit = max(shared.values()) <= properties.shared_memory_per_block_optin
         for name, function in functions.items():
-            driver("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            driver("cuModuleGetFunction", ctypes.byref(function), module, name.encode(), kernel=name)
             if fit:
-                driver("cuFuncSetAttribute", function, 8, shared[name])  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+                driver("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared[name], kernel=name)
     if bf16 and not fit:
         print(f"wkv: head size {N} needs more shared memory than {properties.name} has: a slower kernel runs "
               "token by token, and gradients come from PyTorch", file=sys.stderr)
@@ -145,12 +188,38 @@ def cubin(architecture: str, N: int, bf16: bool) -> bytes:
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wkv7")
     path = Path(os.environ.get("WKV_CACHE") or user_cache, f"{key}.cubin").expanduser()
-    if path.is_file():
-        return path.read_bytes()
-    image = compile_source(source, options)
-    with contextlib.suppress(OSError), atomic_write(path) as file:  # if not kept, the next start compiles
-        file.write(image)
+    image = _kept(path)
+    if image is None:
+        image = compile_source(source, options)
+        with contextlib.suppress(OSError):  # what cannot be kept is compiled again at the next start
+            _keep(path, image)
     return image
+
+
+def _kept(path: Path) -> bytes | None:
+    """The kernels that an earlier start kept in this file; None without it, or where it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    image, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
+    if hashlib.sha256(image).digest() != digest:
+        print(f"wkv: the kept kernels in {path} are damaged; they are compiled again", file=sys.stderr)
+        return None
+    return image
+
+
+def _keep(path: Path, image: bytes) -> None:
+    """Writes the kernels and their digest, whole or not at all: under another name, and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(image + hashlib.sha256(image).digest())
+        os.replace(temporary, path)
+    except BaseException:  # a Ctrl-C too
+        os.unlink(temporary)
+        raise
 
 
 def compile_source(source: bytes, options: tuple[str, ...]) -> bytes:
@@ -166,12 +235,18 @@ def compile_source(source: bytes, options: tuple[str, ...]) -> bytes:
 
 
 # ---- launching ---------------------------------------------------------------------------------------------
+#
+# a call of a model's size keeps the GPU busy for less time than Python takes to make it. So what is here has
+# no step that it could do without: no conversion that changes nothing, and no autograd without gradients.
 
 def run(kernels: Kernels, r, log_w, k, v, a, b, state, differentiate: bool) -> tuple[Tensor, Tensor]:
     """y and the final state, of checked inputs. differentiate: keeps what a backward needs; chunked only."""
-    to = kernels.dtype
-    inputs = (r.to(to), log_w.float(), k.to(to), v.to(to), a.to(to), b.to(to))
-    y, final = _Operator.apply(kernels, differentiate, state, *inputs)
+    inputs = [x if x.dtype == kernels.dtype else x.to(kernels.dtype) for x in (r, k, v, a, b)]
+    inputs.insert(1, log_w.float())
+    if differentiate:
+        y, final = _Operator.apply(kernels, state, *inputs)
+    else:
+        y, final = _forward(kernels, _aligned(state), [_aligned(x) for x in inputs], None)
     return y.to(v.dtype), final
 
 
@@ -179,62 +254,87 @@ class _Operator(torch.autograd.Function):
     """The kernels' forward and backward, for PyTorch's autograd."""
 
     @staticmethod
-    def forward(ctx, kernels, differentiate, state, *inputs):
-        r = inputs[0]
-        B, T, H, N = r.shape
-        y, final = r.new_empty(r.shape), state.new_empty(state.shape)
-        checkpoints = r.new_empty(B, H, -(-T // 16), N, N, dtype=torch.bfloat16) if differentiate else None
-        if kernels.chunked and (differentiate or T > 1):  # for one token the other is exact
-            _launch_rows(kernels, "wkv_forward", r, (*inputs, state, y, final, checkpoints))
-        else:
-            _launch(kernels, "wkv_token_forward", r, 1, N, (*inputs, state, y, final))
-        if differentiate:
-            ctx.kernels = kernels
-            ctx.save_for_backward(*inputs, checkpoints)
-            ctx.set_materialize_grads(False)
-        return y, final
+    def forward(ctx, kernels, state, *inputs):
+        inputs = [_aligned(x) for x in inputs]
+        B, T, H, N = inputs[0].shape
+        checkpoints = inputs[0].new_empty(B, H, _chunks(T), N, N, dtype=torch.bfloat16)
+        ctx.kernels = kernels
+        ctx.save_for_backward(*inputs, checkpoints)
+        ctx.set_materialize_grads(False)
+        return _forward(kernels, _aligned(state), inputs, checkpoints)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstate):
         *inputs, checkpoints = ctx.saved_tensors
-        r, log_w, _, _, a, b = inputs
-        B, T, H, N = r.shape
-        dy = torch.zeros_like(r) if dy is None else dy  # while for dstate a null will do
-        gradients = [x.new_empty(x.shape) for x in inputs]
-        dinitial = log_w.new_empty(B, H, N, N)
-        # where heads are few, a cheap chain carries dstate through first, and then all segments run at once
-        chunks, wanted = -(-T // 16), max(1, 4 * ctx.kernels.processors // (B * H))
-        segment = max(4, -(-chunks // wanted))
-        segments = -(-chunks // segment)
-        carry = None
-        if segments > 1:
-            carry = log_w.new_empty(B, H, segments, N, N)
-            _launch_rows(ctx.kernels, "wkv_backward_chain", r, (segment, r, log_w, a, b, dy, dstate, carry))
-        arguments = (segment, *inputs, checkpoints, dy, dstate, carry, *gradients, dinitial)
-        _launch(ctx.kernels, "wkv_backward", r, segments, 2 * N, arguments)
-        return None, None, dinitial, *gradients
+        return None, *_backward(ctx.kernels, inputs, checkpoints, dy, dstate)
 
 
-def _launch_rows(kernels: Kernels, name: str, r: Tensor, arguments) -> None:
+def _forward(kernels: Kernels, state: Tensor, inputs, checkpoints: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and the final state; fills checkpoints, (B, H, chunks, N, N) bf16, if a backward is to follow."""
+    _, T, _, N = inputs[0].shape
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
+    # the token kernel is exact, so a single token goes there, unless its backward needs the checkpoints
+    if kernels.chunked and (T > 1 or checkpoints is not None):
+        _launch_rows(kernels, "wkv_forward", y, (*inputs, state, y, final, checkpoints))
+    else:
+        _launch(kernels, "wkv_token_forward", y, 1, N, (*inputs, state, y, final))
+    return y, final
+
+
+def _backward(kernels: Kernels, inputs, checkpoints: Tensor, dy, dstate) -> tuple[Tensor, ...]:
+    """The gradients of the initial state and of the inputs. dy or dstate may be None, for zeros."""
+    r, log_w, _, _, a, b = inputs
+    B, T, H, N = r.shape
+    dy = torch.zeros_like(r) if dy is None else _aligned(dy)
+    if dstate is not None:  # for None the kernels take a null pointer
+        dstate = _aligned(dstate)
+    gradients = [torch.empty_like(x) for x in inputs]
+    dinitial = log_w.new_empty(B, H, N, N)
+    # where heads are few, a cheap chain carries dstate through first, and then all segments run at once
+    wanted = max(1, 4 * kernels.processors // (B * H))
+    segment = max(4, -(-_chunks(T) // wanted))
+    segments = -(-_chunks(T) // segment)
+    carry = None
+    if segments > 1:
+        carry = log_w.new_empty(B, H, segments, N, N)
+        _launch_rows(kernels, "wkv_backward_chain", r, (segment, r, log_w, a, b, dy, dstate, carry))
+    arguments = (segment, *inputs, checkpoints, dy, dstate, carry, *gradients, dinitial)
+    _launch(kernels, "wkv_backward", r, segments, 2 * N, arguments)
+    return dinitial, *gradients
+
+
+def _chunks(T: int) -> int:
+    return -(-T // 16)
+
+
+def _launch_rows(kernels: Kernels, name: str, like: Tensor, arguments) -> None:
     """Launches one of the kernels that carry the state, its rows over several blocks where heads are few."""
-    B, _, H, N = r.shape
+    B, _, H, N = like.shape
     split = N // 16 if 2 * B * H < kernels.processors else 1
-    _launch(kernels, name, r, split, 32 * (5 + N // 16 // split), arguments)
+    _launch(kernels, name, like, split, 32 * (5 + N // 16 // split), arguments)
 
 
-def _launch(kernels: Kernels, name: str, r: Tensor, blocks: int, threads: int, arguments) -> None:
-    """Queues a kernel on torch's current stream. arguments: ints and tensors; None is a null pointer."""
-    B, T, H, _ = r.shape
-    arguments = [_aligned(x) if isinstance(x, Tensor) else x for x in (T, H, *arguments)]
-    values = [ctypes.c_int(x) if isinstance(x, int) else ctypes.c_void_p() if x is None else
-              ctypes.c_void_p(x.data_ptr()) for x in arguments]
-    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    with torch.cuda.device(r.device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(r.device).cuda_stream)
+def _launch(kernels: Kernels, name: str, like: Tensor, blocks: int, threads: int, arguments) -> None:
+    """Queues a kernel on torch's current stream. `like` is any (B, T, H, N) tensor of the call; arguments are
+    aligned tensors, ints, and None for a null pointer."""
+    B, T, H, _ = like.shape
+    values = [T, H]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            x = x.data_ptr()
+        values.append(x or 0)
+    # cuLaunchKernel wants an array of addresses, one for each value. Every value has eight bytes of its own;
+    # of an int the kernel reads the first four, which are the low ones on every machine that CUDA runs on
+    array = ctypes.c_uint64 * len(values)
+    values = array(*values)
+    start = ctypes.addressof(values)
+    addresses = array(*range(start, start + ctypes.sizeof(values), 8))
+    with torch.cuda.device(like.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(like.device).cuda_stream)
         driver("cuCtxSetCurrent", kernels.context)  # a thread of autograd's may not have one yet
-        shape = (H, B, blocks, threads, 1, 1, kernels.shared[name])
-        driver("cuLaunchKernel", kernels.functions[name], *shape, stream, addresses, None)
+        driver("cuLaunchKernel", kernels.functions[name], H, B, blocks, threads, 1, 1, kernels.shared[name],
+               stream, addresses, None, kernel=name)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -243,11 +343,15 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def driver(name: str, *arguments) -> None:
-    """Calls a function of the CUDA driver."""
-    status = getattr(_libcuda(), name)(*arguments)
+def driver(function: str, *arguments, kernel: str = "") -> None:
+    """Calls a function of the CUDA driver. OSError, which names function, kernel and error, if it fails."""
+    library = _libcuda()
+    status = getattr(library, function)(*arguments)
     if status != 0:
-        raise OSError(f"the CUDA driver's {name} failed with error {status}")
+        error = ctypes.c_char_p(b"unknown")
+        library.cuGetErrorName(status, ctypes.byref(error))
+        where = f"{function} for {kernel}" if kernel else function
+        raise OSError(f"the CUDA driver's {where} failed with error {status}, {error.value.decode()}")
 
 
 _libcuda = functools.cache(lambda: ctypes.CDLL("libcuda.so.1"))  # at first use: there may be none

@@ -1,16 +1,21 @@
 """The study's numbers, tables and figures.
 
-    python study/study.py collect runs/standin runs/steps/standin     every finished arm there -> results.json
-    python study/study.py                                             results.json -> tables and figures
-    python study/study.py where runs/standin/S20                      where an answer comes from -> where.png
+    python study/study.py tables                             results.json -> the tables, on standard output
+    python study/study.py figures                            results.json -> the figures beside it
+    python study/study.py collect runs/standin … --out FILE  every finished arm there -> a file like results.json
+    python study/study.py where runs/standin/S20             where an answer comes from -> where.png
+
+`tables` and `figures` take --results FILE for numbers of your own; figures are then drawn beside that file.
 
 results.json holds a line an arm: what it is, its accuracy at every evaluation, its controls, and which of the
 validation questions it answered right at the end, as bits. Figures need matplotlib.
 Shapes: L layers, B questions, T tokens of a prompt.
 """
 
+import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +24,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import collate    # noqa: E402
-from eval import CONTROLS    # noqa: E402
-from files import ARMS, read_records, read_run, say, seeds_on_disk    # noqa: E402
+from files import atomic_write, complain, say    # noqa: E402
 from fs import FutureSeed, answer_logits    # noqa: E402
 from model import RWKV7, read_tensors    # noqa: E402
-from rounds import Round, load_rounds    # noqa: E402
+from report import COLOURS, Row, draw_scores    # noqa: E402
+from rounds import load_rounds    # noqa: E402
+from runs import ARMS, CONTROLS, differences, in_words, read_records, read_run, read_seed    # noqa: E402
+from runs import recipe_of, seeds_on_disk    # noqa: E402
 from standin import chance, small_tokenizer, validation_examples    # noqa: E402
 from stats import JUMP, chance_to_gain, holm, judge, mcnemar, sign_test    # noqa: E402
 
-KEYS = ("round", "seed", "arm", "task", "order", "steps", "facts", "channels")
+AXES = ("steps", "facts", "channels")    # what the study varies; eval_every goes with steps
 MINIATURES = load_rounds()[1]
 
 
@@ -37,45 +44,72 @@ def usual(recipe) -> dict:
 
 
 def tokens_read(name: str) -> float:
-    """The mean length of a round's prompts in the miniature."""
+    """The mean length of a round's prompts on the stand-in."""
     return float(np.mean([len(example.prompt) for example in validation_examples(MINIATURES[name])]))
 
 
 # ---- runs into results.json --------------------------------------------------------------------------------
 
-def collect(folders: list[Path]) -> None:
-    """Every finished arm under the folders, as one line of results.json each."""
-    arms = []
-    for path in sorted(path for folder in folders for path in folder.glob("*/seed*/*/run.json")):
-        run = read_run(path.parent)
-        if run["status"] != "done":
-            say(f"note: {path.parent} is not finished, and left out")
+def check_round(folder: Path, run: dict) -> None:
+    """ValueError unless a run is of a round as rounds.toml has it on the stand-in, but for the axes."""
+    if run["source"] != "standin" or run["round"] not in MINIATURES:
+        raise ValueError(f"{folder} is not a stand-in run of a round of rounds.toml")
+    recipe = recipe_of(run)
+    varied = {key: getattr(recipe, key) for key in (*AXES, "eval_every")}
+    unlike = differences(replace(MINIATURES[run["round"]], **varied).settings(), recipe.settings())
+    if unlike:
+        raise ValueError(f"{folder} has other settings than its round: "
+                         f"{in_words(unlike, 'in rounds.toml', 'in the run')}")
+
+
+def collect(folders: list[Path], out: Path) -> None:
+    """Every finished seed under the folders, as a line of `out` for each arm.
+
+    ValueError where a run is not as its round says, where two runs claim the same place, or where `out` is there.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another --out FILE, or move it away")
+    arms, places = [], {}
+    for folder in sorted(path for folder in folders for path in folder.glob("*/seed*")):
+        try:
+            both = read_seed(folder)
+        except OSError as error:
+            say(f"note: left out, because it is not finished: {error}")
             continue
-        evaluations = read_records(path.parent / "records.jsonl")
-        last = evaluations[run["steps"]]
-        right = np.packbits([last[id][0] == 1 for id in sorted(last)])
-        arm = {key: run.get(key, run["settings"].get(key)) for key in KEYS}
-        machine = run["history"][-1]["machine"]
-        arm |= {"acc": {step: mean_of(scores) for step, scores in evaluations.items()},
-                "questions": len(last), "right": right.tobytes().hex(), "code": run["history"][-1]["code"],
-                "machine": f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"}
-        if run["arm"] == "prompt_fs":
-            controls = read_records(path.parent / "controls.jsonl", by="control")
-            arm["controls"] = {control: mean_of(scores) for control, scores in controls.items()}
-        arms.append(arm)
+        for arm, run in both.runs.items():
+            check_round(folder / arm, run)
+            settings = run["settings"]
+            line = {"round": run["round"], "seed": run["seed"], "arm": arm, "task": settings["task"],
+                    "order": settings["order"]} | {key: settings[key] for key in AXES}
+            place = tuple(line.values())
+            if place in places:
+                raise ValueError(f"{folder / arm} and {places[place]} are the same arm of the same seed; collect "
+                                 "one of them")
+            places[place] = folder / arm
+            right = np.packbits([scores["acc"] == 1 for _, scores in sorted(both.evaluations[arm].items())])
+            machine = run["history"][-1]["machine"]
+            evaluations = read_records(folder / arm / "records.jsonl")
+            line |= {"acc": {step: mean_of(scores) for step, scores in evaluations.items()},
+                     "questions": len(both.evaluations[arm]), "right": right.tobytes().hex(),
+                     "code": run["history"][-1]["code"],
+                     "machine": f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"}
+            if arm == "prompt_fs":
+                line["controls"] = {control: mean_of(scores) for control, scores in both.controls.items()}
+            arms.append(line)
     lines = ",\n".join(json.dumps(arm, separators=(",", ":")) for arm in arms)
-    (HERE / "results.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    say(f"{len(arms)} arms in {HERE / 'results.json'}")
+    with atomic_write(out, "w") as file:
+        file.write(f"[\n{lines}\n]\n")
+    say(f"{len(arms)} arms in {out}")
 
 
-def mean_of(scores: dict[str, list[float]]) -> float:
-    return round(float(np.mean([values[0] for values in scores.values()])), 4)
+def mean_of(scores: dict[str, dict]) -> float:
+    return round(float(np.mean([score["acc"] for score in scores.values()])), 4)
 
 
 # ---- results.json into a table -----------------------------------------------------------------------------
 
-def read_results() -> list[dict]:
-    return json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+def read_results(path: Path = HERE / "results.json") -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def select(arms: list[dict], **wanted) -> dict[int, dict]:
@@ -123,7 +157,8 @@ def verdicts(arms: list[dict]) -> str:
         jumped = [[end_of(side[seed]) > JUMP for seed in seeds] for side in both]
         verdict, low, high = judge(x)
         share, least, most = chance_to_gain(deltas)
-        tests.append((recipe.primary, sign_test(deltas)))
+        registered = recipe.primary and seeds == sorted(recipe.registered)
+        tests.append((registered, sign_test(deltas)))
         controls = [np.median([both[1][seed]["controls"][control] for seed in seeds]) for control in CONTROLS]
         rows.append([
             f"{name}: {recipe.title}", *(in_short([end_of(side[seed]) for seed in seeds]) for side in both),
@@ -132,9 +167,9 @@ def verdicts(arms: list[dict]) -> str:
             f"{share:.2f} [{least:.2f}, {most:.2f}]",
             f"{sum(jumped[0])} and {sum(jumped[1])}, p {mcnemar(*jumped):.2g}",
         ])
-    corrected = iter(holm([p for primary, p in tests if not primary]))
-    for row, (primary, p) in zip(rows, tests):
-        row.append(f"{p:.2g} (registered)" if primary else f"{next(corrected):.2g}")
+    corrected = iter(holm([p for registered, p in tests if not registered]))
+    for row, (registered, p) in zip(rows, tests):
+        row.append(f"{p:.2g} (registered)" if registered else f"{next(corrected):.2g}")
     head = ["round", "no_fs: median, lowest, at 0.95 or more", "prompt_fs", "states off, other, shuffled",
             "d_acc of the typical seed", "a seed gains", "above 0.5 at the end", "sign test, p (Holm)"]
     return markdown([head, *rows])
@@ -188,39 +223,30 @@ def every_seed(arms: list[dict]) -> str:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw_seeds(arms: list[dict]) -> None:
+def draw_seeds(arms: list[dict], folder: Path) -> None:
     """Every seed's accuracy in both arms of every round, joined, and with the seed states off."""
     from matplotlib.figure import Figure
     arms = [arm for arm in arms if usual(MINIATURES[arm["round"]]).items() <= arm.items()]
-    rounds = [name for name in MINIATURES if all(select(arms, round=name, arm=arm) for arm in ARMS)]
-    figure = Figure(figsize=(10, 1.2 + 0.5 * len(rounds)), layout="constrained")
-    panel = figure.subplots()
-    for place, name in enumerate(rounds):
+    rows = []
+    for name, recipe in MINIATURES.items():
         without, with_fs = (select(arms, round=name, arm=arm) for arm in ARMS)
-        for seed in sorted(set(without) & set(with_fs)):
-            pair = end_of(without[seed]), end_of(with_fs[seed])
-            panel.plot(pair, [place - 0.2, place], color="0.85", linewidth=0.7)
-        for values, mark, colour, shift, label in (
-            ([end_of(arm) for arm in without.values()], "o", "tab:gray", -0.2, "no_fs"),
-            ([end_of(arm) for arm in with_fs.values()], "D", "tab:orange", 0.0, "prompt_fs"),
-            ([arm["controls"]["off"] for arm in with_fs.values()], "x", "tab:blue", 0.2, "seed states off"),
-        ):
-            panel.plot(values, [place + shift] * len(values), mark, color=colour, markersize=4, alpha=0.7,
-                       label=None if place else label)
-        one = next(iter(without.values()))
-        guess = chance(one["task"], one["facts"])
-        panel.plot([guess] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
-                   label=None if place else "a fact picked at random")
-    titles = [f"{name}: {MINIATURES[name].title}" for name in rounds]
-    panel.set_yticks(range(len(rounds)), titles, fontsize=8)
-    panel.set_ylim(len(rounds) - 0.4, -0.6)
-    panel.set_xlim(0, 1.02)
-    panel.set_xlabel("accuracy in the miniature, a mark a seed")
+        if without and with_fs:
+            form = "HotpotQA's form" if recipe.task == "hotpotqa" else "ARC's form"
+            order = recipe.title.partition(", ")[2].removesuffix(", the recommended recipe")
+            rows.append(Row(f"{name}: made-up questions in {form}, {order}",
+                            {seed: end_of(arm) for seed, arm in without.items()},
+                            {seed: end_of(arm) for seed, arm in with_fs.items()},
+                            {seed: arm["controls"]["off"] for seed, arm in with_fs.items()},
+                            chance(recipe.task, recipe.facts)))
+    figure = Figure(figsize=(10, 1.2 + 0.5 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    draw_scores(panel, rows)
+    panel.set_xlabel("accuracy on the stand-in, a mark a seed")
     figure.legend(fontsize=8, loc="outside upper right", ncols=4)
-    figure.savefig(HERE / "seeds.png", dpi=110)
+    figure.savefig(folder / "seeds.png", dpi=110)
 
 
-def draw_steps(arms: list[dict]) -> None:
+def draw_steps(arms: list[dict], folder: Path) -> None:
     """Accuracy against training steps in HotpotQA's form, a thin line a seed and the median thick."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -237,10 +263,10 @@ def draw_steps(arms: list[dict]) -> None:
     panel.set_xlabel("training steps")
     panel.set_ylabel("accuracy, question last")
     panel.legend(fontsize=8)
-    figure.savefig(HERE / "steps.png", dpi=100)
+    figure.savefig(folder / "steps.png", dpi=100)
 
 
-def draw_cost(arms: list[dict]) -> None:
+def draw_cost(arms: list[dict], folder: Path) -> None:
     """Accuracy against the tokens that are read, before training (hollow) and after: median and range of the
     seeds. What reads as many tokens stands side by side."""
     from matplotlib.figure import Figure
@@ -266,7 +292,7 @@ def draw_cost(arms: list[dict]) -> None:
     figure.axes[0].set_ylabel("accuracy; hollow: untrained")
     labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(*labels, fontsize=8, loc="outside upper center", ncols=5)
-    figure.savefig(HERE / "cost.png", dpi=100)
+    figure.savefig(folder / "cost.png", dpi=100)
 
 
 # ---- where an answer comes from ----------------------------------------------------------------------------
@@ -294,14 +320,14 @@ def where(folder: Path, count: int = 128) -> None:
     its seeds: what share of the context's counts falls on the fact that is asked for, over more questions."""
     from matplotlib.figure import Figure
     seeds = [folder / f"seed{seed}" for seed in seeds_on_disk(folder)]
-    recipe = Round(folder.name, "", **read_run(seeds[0] / "prompt_fs")["settings"])
+    recipe = recipe_of(read_run(seeds[0] / "prompt_fs"))
     examples = validation_examples(recipe)[:count]
     # the question names the fact by the same token as the context; the fact's value is the token after it
     asked = [(e.prompt.index(e.prompt[-4]), len(e.prompt) - e.tail) for e in examples]
     words = [repr(small_tokenizer().decode([token]))[1:-1] for token in examples[0].prompt[:-1]]
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     *maps, lines = figure.subplots(3, 1)
-    for panel, arm, colour in zip(maps, ARMS, ("tab:gray", "tab:orange")):
+    for panel, arm, colour in zip(maps, ARMS, (COLOURS[arm] for arm in ARMS)):
         shares = []    # by seed and layer
         for seed in seeds:
             model, fs = RWKV7.load(seed / arm / "model.pth"), None
@@ -331,14 +357,35 @@ def where(folder: Path, count: int = 128) -> None:
     figure.savefig(HERE / "where.png", dpi=100)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for an error told in one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tables", "figures", "collect", "where"))
+    parser.add_argument("folders", nargs="*", type=Path, help="of runs: for collect, and for where")
+    parser.add_argument("--out", type=Path, help="a new file, for collect")
+    parser.add_argument("--results", type=Path, default=HERE / "results.json", help="for tables and figures")
+    args = parser.parse_args(argv)
+    if args.what == "collect" and not (args.folders and args.out):
+        parser.error("collect needs folders of runs and --out FILE")
+    if args.what == "where" and len(args.folders) != 1:
+        parser.error("where needs one round's folder, as in runs/standin/S20")
+    try:
+        if args.what == "collect":
+            collect(args.folders, args.out)
+        elif args.what == "where":
+            where(args.folders[0])
+        elif args.what == "tables":
+            arms = read_results(args.results)
+            print(verdicts(arms), instead(arms), axes(arms), every_seed(arms), sep="\n")
+        else:
+            arms = read_results(args.results)
+            for draw in (draw_seeds, draw_steps, draw_cost):
+                draw(arms, args.results.parent)
+    except (ValueError, OSError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["collect"]:
-        collect([Path(folder) for folder in sys.argv[2:]])
-    elif sys.argv[1:2] == ["where"]:
-        where(Path(sys.argv[2]))
-    else:
-        results = read_results()
-        print(verdicts(results), instead(results), axes(results), every_seed(results), sep="\n")
-        draw_seeds(results)
-        draw_steps(results)
-        draw_cost(results)
+    sys.exit(main())

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, H heads, N head size, C = ceil(T / 16) chunks. r, k, 
 are (B, T, H, N) in bf16 or fp32; log_w and dlog_w (B, T, H, N) fp32; states (B, H, N, N) fp32 [value, key].
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -16,10 +17,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
 import torch
+
+import wkv
+import wkv_cuda
 
 TESTS = Path(__file__).resolve().parent
 SOURCE = TESTS.parent / "wkv_kernel.cu"
@@ -136,6 +141,10 @@ class Driver:
 
     cuInit = cuDeviceGet = cuModuleGetGlobal_v2 = cuFuncSetAttribute = lambda self, *arguments: 0
 
+    def cuGetErrorName(self, status, name):
+        name._obj.value = b"AN_ERROR"
+        return 0
+
     def cuDevicePrimaryCtxRetain(self, context, device):
         context._obj.value = 77
         return 0
@@ -167,3 +176,43 @@ class Driver:
             return 201  # CUDA_ERROR_INVALID_CONTEXT
         self.context = None  # the next launch may come from another thread
         return kernel.start(name, (x, y, z), threads, shared, self.spoil(name, addresses))
+
+
+def stub_gpu(monkeypatch):
+    """Gives torch and wkv_cuda.py a GPU whose kernels run on the CPU, on tensors of the CPU. wkv and wkv_cuda
+    use it. Nothing is loaded yet. Returns the properties of the GPU and its driver.
+
+    It has 16 processors, so that the problems of the check at first use stay small.
+    """
+    if not shutil.which("g++"):
+        pytest.skip("needs g++ to build the kernels for the CPU")
+    properties = types.SimpleNamespace(
+        name="stub", major=9, minor=0, multi_processor_count=16, shared_memory_per_block_optin=2**18
+    )
+    stream = types.SimpleNamespace(cuda_stream=0x123456789ABC)
+    driver = Driver()
+
+    def kernels_for(v):
+        if v.dtype == torch.float64 or v.shape[-1] not in wkv_cuda.HEAD_SIZES:
+            return None
+        bf16 = v.dtype == torch.bfloat16
+        return wkv_cuda.load(torch.device("cpu", 0), v.shape[-1], bf16, wkv.wkv_reference)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(wkv_cuda, "_libcuda", lambda: driver)
+    monkeypatch.setattr(wkv_cuda, "cubin", lambda architecture, N, bf16: b"%d %d" % (N, bf16))
+    monkeypatch.setattr(wkv_cuda, "loaded", {})
+    monkeypatch.setattr(wkv, "_kernels_for", kernels_for)
+    return types.SimpleNamespace(properties=properties, driver=driver)
+
+
+@contextlib.contextmanager
+def memory_holds_nan():
+    """In here, torch's fresh memory holds NaN, so that nobody can count on zeros."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

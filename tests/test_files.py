@@ -1,22 +1,23 @@
-"""files.py: whole files or none, one owner a folder, runs read back, twins, progress."""
+"""files.py: a message stops nobody, a file is whole or not there, a folder has one owner."""
 
 import contextlib
-import json
+import io
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import example, given, settings, strategies as st
 
 import files
-from files import (ARMS, Progress, atomic_write, clear, copy_twin, locked, read_round, read_run,
-                   save_tensors, seeds_on_disk, status_of, twin_key, write_json)
+from conftest import ROOT
+from fake_runs import write_runs
+from files import (Progress, atomic_write, complain, counted, delete_folders, duration, owned, read_lines, say,
+                   tell, write_json)
 
 
 @contextlib.contextmanager
@@ -31,10 +32,139 @@ def full_disk(largest: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ---- files and folders -------------------------------------------------------------------------------------
+# ---- the terminal ------------------------------------------------------------------------------------------
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def closed_stream():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class Interrupted(io.StringIO):
+    """A stream in the middle of a write when a signal comes, whose handler wants to write, too."""
+
+    def write(self, text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+
+@pytest.mark.parametrize("stream", [
+    broken_pipe, closed_stream, Interrupted, lambda: open("/dev/full", "w"), lambda: None])
+def test_a_message_that_cannot_be_written_is_dropped(monkeypatch, stream):
+    """Catches: a run of thirty hours that ends because its terminal went away or the disk of its log filled up,
+    and a Ctrl-C during a slow write that ends in a traceback."""
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(sys, "stdout", stream())
+    for _ in range(3):
+        say("step 5 of 10")
+        tell("a result")
+        complain(ValueError("an error"))
+    files.drop_all_unwritten()    # what Python does at the end: nothing may be left that raises there
+    for kept in (sys.stdout, sys.stderr):
+        if kept is not None and not kept.closed:
+            kept.close()
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    """Catches: a whole report that is dropped for one letter, on a terminal that knows ASCII alone or where a
+    file holds half a surrogate pair."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    tell("Ω of 5 \ud800")
+    assert sys.stdout.buffer.getvalue() == b"\\u03a9 of 5 \\ud800\n"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    tell("Ω of 5 \ud800")
+    assert sys.stdout.buffer.getvalue() == "Ω of 5 \\ud800\n".encode()
+
+
+def test_an_error_is_one_line_and_a_list_a_line_an_entry(capsys):
+    """Catches: a message with tabs, runs of blanks or empty lines of some library inside it."""
+    complain(ValueError("a \t b\nc   d\n"))
+    assert capsys.readouterr().err == "error: a b\n  c d\n"
+
+
+@pytest.mark.parametrize("value, words", [
+    (duration(0.4), "0 s"), (duration(89), "89 s"), (duration(90), "2 min"), (duration(5399), "90 min"),
+    (duration(5400), "2 hours"), (duration(108000), "30 hours"),
+    (counted(1, "step"), "1 step"), (counted(0, "step"), "0 steps"), (counted(1000, "step"), "1,000 steps")])
+def test_amounts_in_words(value, words):
+    """Catches: "1 questions", and a minute called an hour."""
+    assert value == words
+
+
+def test_the_time_left_is_what_the_work_still_takes(monkeypatch, capsys):
+    """At 2 s a unit of work, on a clock of our own, the time left is twice what is left, wherever it began.
+
+    Catches: a time left that is of the work done, that counts units of an earlier process as done in this
+    one's time, that appears where the end is not known, or turns negative at the end; and a line at every step.
+    """
+    now = [100.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+
+    def lines_of(progress, done, seconds=lambda done: None) -> list[str]:
+        for number in done:
+            now[0] += 2.0
+            progress.tick(number, f"unit {number}", seconds(number))
+        return capsys.readouterr().err.splitlines()
+
+    lines = lines_of(Progress(30), range(1, 31))
+    left = [int(re.fullmatch(r"unit (\d+), about (\d+) s left", line)[2]) for line in lines]
+    assert left == [2 * (30 - done) for done in range(1, 31)]
+    resumed = lines_of(Progress(30), range(21, 32), seconds=lambda done: 2.0 * done)
+    assert [line.split("about ")[1] for line in resumed] == [
+        f"{2 * max(0, 30 - done)} s left" for done in range(21, 32)]
+    assert lines_of(Progress(), [1]) == ["unit 1"] and lines_of(Progress(30), [0]) == ["unit 0"]
+    progress = Progress(1000)
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", 20)
+    assert len(lines_of(progress, range(1, 101))) == 10
+
+
+# ---- the commands, at a terminal ---------------------------------------------------------------------------
+
+def environment_of_a_user() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+
+
+@pytest.mark.parametrize("script, argv", [("train.py", "--list"), ("eval.py", "R2")])
+def test_a_reader_that_goes_away_ends_a_listing_quietly(tmp_path, script, argv):
+    """`train.py --list | head -1` and `eval.py | head -1` show a line and nothing else.
+
+    Catches: "Broken pipe", as an error or as what Python complains about at its end, and another exit code.
+    """
+    write_runs(tmp_path, "R2", range(6), n=2, settings={"steps": 1})
+    command = f"{sys.executable} {ROOT / script} {argv} --runs {tmp_path} 2>{tmp_path}/err"
+    pipe = f"{command} | head -1; echo $PIPESTATUS"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, env=environment_of_a_user())
+    line, code = done.stdout.splitlines()
+    assert line.startswith("R2: ") and code == "0" and (tmp_path / "err").read_text() == done.stderr == ""
+
+
+@pytest.mark.parametrize("script, moments", [
+    ("train.py", ["argparse", "torch._C", "report"]), ("eval.py", ["argparse", "report"])])
+def test_ctrl_c_in_the_first_second_is_a_stop(tmp_path, script, moments):
+    """Ctrl-C while a command imports torch, whose modules Python names as they come, is one line.
+
+    Catches: a traceback from inside some library. (Before the first of our lines runs, Python itself answers.)
+    """
+    for moment in moments:
+        command = [sys.executable, "-X", "importtime", str(ROOT / script), "--runs", str(tmp_path)]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_of_a_user())
+        for line in child.stderr:
+            if line.split("|")[-1].strip() == moment:
+                child.send_signal(signal.SIGINT)
+                break
+        said = [line for line in child.stderr if not line.startswith("import time:")]
+        assert (said, child.wait()) == (["stopped\n"], 130), moment
+
+
+# ---- files -------------------------------------------------------------------------------------------------
 
 def test_writes_bytes_and_text(tmp_path):
-    """Catches text in the machine's encoding, a missing folder, a file that only its owner can read, and a
+    """Catches: text in the machine's encoding, a missing folder, a file that only its owner can read, and a
     temporary name made of the target's alone, which two writers would share."""
     path = tmp_path / "new" / "folder" / "a"
     with atomic_write(path) as one:
@@ -49,7 +179,8 @@ def test_writes_bytes_and_text(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("before", [["model.pth"], []])
 def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, before):
-    """Catches half a file under its final name, a lost old one, a temporary one left (Ctrl-C too)."""
+    """Catches: half a file under its final name, a lost old one, a temporary one left (Ctrl-C too), and an
+    error that names another file than the one that was to be written."""
     for name in before:
         (tmp_path / name).write_bytes(b"old")
     with pytest.raises(error), atomic_write(tmp_path / "model.pth") as file:
@@ -57,53 +188,28 @@ def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, befor
         file.flush()
         raise error
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError), atomic_write(tmp_path / "folder"):    # the renaming is what fails
-        pass
-    assert sorted(os.listdir(tmp_path)) == ["folder", *before]
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "new"):    # the renaming fails, and the beginning
+        with pytest.raises(OSError, match=f"{path} cannot be written: "), atomic_write(path):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", *before]
     assert all((tmp_path / name).read_bytes() == b"old" for name in before)
 
 
-def test_a_stop_while_torch_saves_is_a_stop(tmp_path):
-    """Catches torch's own error, of an archive that was not finished, in the place of Ctrl-C."""
-    class Stopping(torch.Tensor):
-        def __reduce_ex__(self, protocol):
-            raise KeyboardInterrupt(2)
-
-    class Failing:
-        def __exit__(self, *_):
-            raise RuntimeError("unexpected pos 7552 vs 7446")
-
-        def __enter__(self):
-            pass
-
-    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "model.pth"), Failing():
-        raise KeyboardInterrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        save_tensors({"x": Stopping()}, tmp_path / "model.pth")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lack_of_memory_is_no_damage(tmp_path):
-    """Catches the advice to start over, with --fresh, where a checkpoint is whole and only memory lacks."""
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), files.damage_told(tmp_path):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-
-
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path):
-    """Catches a short file renamed into place, and torch's RuntimeError, which nobody turns into one line."""
-    path = tmp_path / "model.pth"
+    """Catches: a short file renamed into place, and an error without a name or a reason."""
+    path = tmp_path / "records.jsonl"
     path.write_bytes(b"old")
     with full_disk(300_000):
         for size in (300_001, 1_000_000):    # fails at the flush, and before
-            with pytest.raises(OSError, match="File too large"), atomic_write(path) as file:
-                file.write(bytes(size))
-        with pytest.raises(OSError, match=f"{path}: cannot be written"):
-            save_tensors({"w": torch.zeros(100_000)}, path)
-    assert os.listdir(tmp_path) == ["model.pth"] and path.read_bytes() == b"old"
+            with pytest.raises(OSError, match=f"{path} cannot be written: File too large"):
+                with atomic_write(path) as file:
+                    file.write(bytes(size))
+    assert os.listdir(tmp_path) == ["records.jsonl"] and path.read_bytes() == b"old"
 
 
 def test_a_reader_never_sees_a_part(tmp_path):
-    """Catches writing in place: a reader in between would find half a file."""
+    """Catches: writing in place, where a reader in between would find half a file."""
     path = tmp_path / "metrics.jsonl"
     contents = [bytes([letter]) * 200_000 for letter in b"ab"]
     path.write_bytes(contents[0])
@@ -121,276 +227,88 @@ def test_a_reader_never_sees_a_part(tmp_path):
         assert path.read_bytes() in contents
 
 
-def test_a_folder_has_one_owner(tmp_path):
-    """Catches two runs in one folder, a lock that outlives its process, what a killed one left half done."""
+def test_lines_are_read_as_json_has_them(tmp_path):
+    """Catches: a line cut at U+2028, U+2029 or U+0085 inside a string, a byte-order mark taken for damage, a
+    blank line taken for a record, line numbers that count from 0 or leave blank lines out."""
+    path = tmp_path / "lines.jsonl"
+    path.write_text('\ufeff{"a": "x\u2028y\u2029z\x85"}\r\n\n  \n{"a": 2}', encoding="utf-8")
+    assert read_lines(path) == [(1, '{"a": "x\u2028y\u2029z\x85"}'), (4, '{"a": 2}')]
+    write_json(path, [{"a": "\u2028"}, {"a": 2}])
+    assert [number for number, _ in read_lines(path)] == [1, 2]
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+def test_a_folder_has_one_owner_and_leftovers_go(tmp_path):
+    """A folder that another process owns is refused; once that one is killed, it is free and swept.
+
+    Catches: two runs in one folder, a lock that outlives its process, half-written files and copies of a
+    killed run that stay for good, and files of other names that are swept with them.
+    """
     ready, told = os.pipe()
     owner = os.fork()
     if owner == 0:
-        with locked(tmp_path), atomic_write(tmp_path / "no_fs" / "model.pth"):
+        with owned(tmp_path), atomic_write(tmp_path / "no_fs" / "model.pth"):
+            (tmp_path / ".copy-12345678" / "no_fs").mkdir(parents=True)
             os.write(told, b"!")
             time.sleep(60)
         os._exit(0)
     os.read(ready, 1)
-    with pytest.raises(ValueError, match=f"{tmp_path}: another process is at work"), locked(tmp_path):
-        pass
+    with pytest.raises(ValueError, match=f"another process is already working in {tmp_path}.*--runs"):
+        with owned(tmp_path):
+            pass
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
     for kept in ("model.pth", ".hidden", "a.12345678"):
         (tmp_path / "no_fs" / kept).write_text("")
     assert len(os.listdir(tmp_path / "no_fs")) == 4
-    with pytest.raises(OSError, match="no_fs/model.pth/R: cannot be"), locked(tmp_path / "no_fs/model.pth/R"):
-        pass
     for _ in range(2):
-        with locked(tmp_path):
+        with owned(tmp_path):
             assert sorted(os.listdir(tmp_path / "no_fs")) == [".hidden", "a.12345678", "model.pth"]
+            assert not list(tmp_path.glob(".copy-*"))
+    with pytest.raises(OSError, match="no_fs/model.pth/R cannot be written: .*--runs"):
+        with owned(tmp_path / "no_fs/model.pth/R"):
+            pass
 
 
-def test_clear_follows_no_links(tmp_path):
-    """Catches --fresh that deletes what a link points to, or the arm that was not asked for."""
+@pytest.mark.parametrize("lose", [
+    lambda folder: shutil.rmtree(folder), lambda folder: folder.rename(folder.with_name("moved")),
+    lambda folder: shutil.rmtree(folder.parent), lambda folder: (folder / ".lock").unlink()])
+def test_an_owner_notices_that_its_folder_is_gone(tmp_path, lose):
+    """Whatever happens to the folder, its owner is told so before it writes, and a new owner keeps it.
+
+    Catches: two runs that both believe they own a folder that was deleted and made again, one of which
+    overwrites the other's work; and a first owner that takes the second one's lock away as it leaves.
+    """
+    folder = tmp_path / "R2" / "seed1"
+    with owned(folder) as check_owner:
+        (folder / "no_fs").mkdir()
+        check_owner()
+        lose(folder)
+        with pytest.raises(ValueError, match=f"{folder} was deleted or replaced .*Start it again"):
+            check_owner()
+        new_owner = owned(folder)
+        check_new_owner = new_owner.__enter__()
+        with pytest.raises(ValueError, match="was deleted or replaced"):
+            check_owner()
+    check_new_owner()
+    with pytest.raises(ValueError, match="another process is already working"), owned(folder):
+        pass
+    new_owner.__exit__(None, None, None)
+    with owned(folder):
+        pass
+
+
+def test_deleting_follows_no_links(tmp_path):
+    """Catches: --fresh that deletes what a link points to, or one arm before it refuses the other."""
     for name in ("there/no_fs", "seed1/prompt_fs", "seed2/no_fs"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.pth").write_text("work")
     (tmp_path / "seed1/no_fs").symlink_to(tmp_path / "there/no_fs")
     (tmp_path / "seed3").symlink_to(tmp_path / "there")
-    clear(tmp_path / "seed2", list(ARMS))
-    for seed, link in (("seed1", "seed1/no_fs"), ("seed3", "seed3")):
-        with pytest.raises(ValueError, match=f"{link} is a link"):
-            clear(tmp_path / seed, ["no_fs"])
+    delete_folders([tmp_path / "seed2/no_fs", tmp_path / "seed2/prompt_fs"])
+    for link, arms in (("seed1/no_fs", ["seed1/prompt_fs", "seed1/no_fs"]), ("seed3", ["seed3/no_fs"])):
+        with pytest.raises(ValueError, match=f"{tmp_path / link} is a link"):
+            delete_folders([tmp_path / arm for arm in arms])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("model.pth"))
     assert left == ["seed1/prompt_fs/model.pth", "there/no_fs/model.pth"]
-    clear(tmp_path / "seed1", ["prompt_fs"])
-    assert not (tmp_path / "seed1/prompt_fs").exists()
-
-
-# ---- runs, read back ---------------------------------------------------------------------------------------
-
-HERE = {"code": "c0de", "machine": {"cpu": "AVX2", "threads": 1}}
-SETTINGS = {"lr": 3e-5, "steps": 10, "fs_layer_start": 6, "alpha_init": -2.0}
-
-
-def identity_of(name: str, seed: int, arm: str, **changes) -> dict:
-    return {"round": name, "seed": seed, "arm": arm, "standin": False, "settings": SETTINGS, "minutes": None,
-            "base": {"name": "base.pth", "sha256": "b"}, "data": {"train": "t", "validation": "v"}} | changes
-
-
-def write_seed(runs: Path, name: str = "R8", seed: int = 0, n: int = 5, **changes) -> Path:
-    """Both arms of a seed as train.py leaves them: (i + arm + seed) % 5 of example i's 4 tokens are right."""
-    folder = runs / name / f"seed{seed}"
-    for number, arm in enumerate(ARMS):
-        identity = identity_of(name, seed, arm, **changes)
-        lines = {"records": [], "controls": []}
-        for i in reversed(range(n)):
-            for step, control in ((0, None), (10, None), (10, "off"), (10, "other")):
-                correct = {"off": 1, "other": 2}.get(control, (i + number + seed) % 5)
-                lines["controls" if control else "records"].append({
-                    "step": step, "control": control, "id": f"q{i}", "loss": 0.5 + correct, "tokens": 4,
-                    "correct": correct, "exact": int(correct == 4), "f1": correct / 4})
-        (folder / arm).mkdir(parents=True)
-        write_json(folder / arm / "run.json", [{
-            **identity, "twin": twin_key(identity, HERE), "status": "done", "steps": 10,
-            "history": [{"from_step": 0, **HERE}]}], indent=1)
-        write_json(folder / arm / "records.jsonl", lines["records"])
-        (folder / arm / "model.pth").write_text(arm)
-        if arm == "prompt_fs":
-            write_json(folder / arm / "controls.jsonl", lines["controls"])
-            (folder / arm / "fs.pth").write_text(arm)
-    return folder
-
-
-def change_run(folder: Path, **changes) -> None:
-    write_json(folder / "run.json", [{**json.loads((folder / "run.json").read_text()), **changes}], indent=1)
-
-
-def test_a_round_comes_back_as_written(tmp_path):
-    """Catches scores that land at another example, arm, seed or step, and seed02 read as another seed 2."""
-    for seed in (10, 2):
-        write_seed(tmp_path, seed=seed)
-    for other in ("seed02", "seed-1", "seed", "seed2.old", "seed²"):
-        (tmp_path / "R8" / other).mkdir()
-    (tmp_path / "R8/seed3").write_text("no folder")
-    assert seeds_on_disk(tmp_path / "R8") == [2, 10]
-    found, notes, damaged = read_round(tmp_path / "R8")
-    for seed, (runs, last, controls) in found.items():
-        for arm in range(2):
-            right = {f"q{i}": (i + arm + seed) % 5 for i in range(5)}
-            assert last[arm] == {id: [x / 4, 0.5 + x, x == 4, x / 4] for id, x in right.items()}
-            assert runs[arm] == read_run(tmp_path / f"R8/seed{seed}" / ARMS[arm])
-        assert {name: {values[0] for values in by_id.values()} for name, by_id in controls.items()} == {
-            "off": {0.25}, "other": {0.5}}
-    assert list(found) == [2, 10] and notes == damaged == []
-    assert list(read_round(tmp_path / "R8", seeds=[10])[0]) == [10]
-
-
-BIG, DEEP = "1" + 400 * "0", "[" * 100_000
-COMMON = [("(?s).*", ""), ("(?s).*", "[]"), ("^", DEEP), (r"\}\s*$", ""), ("^", "\ufeff")]
-DAMAGES = {    # file: what is replaced in it, by what
-    "run.json": COMMON + [
-        ('"seed": 0', f'"seed": {BIG}'), ('"seed": 0', '"seed": 1'), ('"round": "R8"', '"round": "R6"'),
-        ('"status"', '"other"'), ('"steps": 10,(?=\n "hist)', '"steps": null,'), ('"no_fs"', '"prompt_fs"')],
-    "records.jsonl": COMMON + [
-        *(('"loss": 4.5', f'"loss": {loss}') for loss in (BIG, "NaN", "Infinity", "-1.0", '"1"')),
-        ('"correct": 4', f'"correct": {BIG}'), ('"tokens": 4, "correct": 4', '"tokens": 0, "correct": 0'),
-        ('"correct": 4', '"correct": 5'), ('"exact": 1', '"exact": 0.5'), ('"f1": 1.0', '"f1": 1.1'),
-        ('"step": 0', '"step": []'), ('"id": "q4"', '"id": null'),
-        ("^(.*\n)", r"\1\1"), ('"step": 0', '"step": 10'),    # an example twice
-        ("^.*\n", "")],                 # an evaluation lacks one
-    "controls.jsonl": COMMON + [("^.*\n", "")],
-}
-
-
-@pytest.mark.parametrize("file", DAMAGES)
-def test_a_damaged_seed_is_left_out_and_told(tmp_path, file):
-    """Catches a damaged file averaged, a traceback, and one bad seed that hides the others."""
-    path = write_seed(tmp_path, seed=0) / ARMS[file == "controls.jsonl"] / file
-    write_seed(tmp_path, seed=1)
-    whole = path.read_text()
-    for pattern, new in DAMAGES[file]:
-        path.write_text(re.sub(pattern, new, whole, count=1))
-        assert path.read_text() != whole, pattern
-        found, notes, damaged = read_round(tmp_path / "R8")
-        assert list(found) == [1] and len(damaged) == 1 and notes == [], (pattern, new)
-        assert str(path) in damaged[0] and "\n" not in damaged[0]
-    with pytest.raises(FileNotFoundError, match=f"no finished seed .{path}"):
-        read_round(tmp_path / "R8", seeds=[0])
-
-
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-JSON = st.recursive(LEAVES, lambda part: st.lists(part) | st.dictionaries(st.text(max_size=3), part))
-KEYS = [*identity_of("R8", 0, "no_fs"), *"status steps history twin".split(),
-        *"step id loss tokens correct exact f1 control".split()]
-
-
-@settings(deadline=None, max_examples=40)
-@given(key=st.sampled_from(KEYS), value=JSON, standin=st.booleans())
-@example(key="history", value=[None], standin=False)
-@example(key="history", value=[], standin=False)
-@example(key="data", value={}, standin=True)
-@example(key="seed", value="0", standin=False)
-@example(key="steps", value=5, standin=False)
-@example(key="id", value=None, standin=False)
-def test_fuzzed_runs_are_read_or_refused(tmp_path_factory, key, value, standin):
-    """Catches a value of an unforeseen kind, alike in both arms, that ends in a traceback."""
-    runs = tmp_path_factory.mktemp("runs")
-    folder = write_seed(runs, n=2, standin=standin)
-    for arm in ARMS:
-        change_run(folder / arm, **{key: value})
-    for path in folder.glob("*/*.jsonl"):
-        lines = map(json.loads, path.read_text().splitlines())
-        write_json(path, [line | {key: value} if line["id"] == "q1" else line for line in lines])
-    with contextlib.suppress(ValueError, FileNotFoundError):
-        _, last, _ = read_round(runs / "R8")[0][0]
-        scores = np.array([list(arm.values()) for arm in last])
-        assert scores.shape == (2, 2, 4) and np.isfinite(scores).all()
-
-
-def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
-    """Catches a seed averaged at whatever step it has reached, and one that disappears without a word."""
-    for seed in range(4):
-        write_seed(tmp_path, seed=seed)
-    change_run(tmp_path / "R8/seed0/no_fs", status="running", steps=5)
-    missing = [tmp_path / "R8/seed1/prompt_fs/run.json", tmp_path / "R8/seed2/no_fs/records.jsonl"]
-    for path in missing:
-        path.unlink()
-    found, notes, damaged = read_round(tmp_path / "R8", seeds=[0, 1, 2, 3, 4])
-    assert list(found) == [3] and damaged == []
-    reasons = {0: "no_fs stands at step 5", 1: str(missing[0]), 2: str(missing[1]), 4: "no_fs"}
-    for (seed, reason), note in zip(reasons.items(), notes, strict=True):
-        assert note.startswith(f"left out, not finished: seed {seed}") and reason in note
-    with pytest.raises(FileNotFoundError, match="no finished seed .no runs"):
-        read_round(tmp_path / "R6")
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"settings": SETTINGS | {"lr": 0.1}}, "lr.*3e-05 there, .*0.1"), ({"n": 4}, "questions|examples"),
-    ({"minutes": 8.0}, "minutes.*8.0"), ({"standin": True}, "here"),
-    ({"base": {"name": "base.pth", "sha256": "x"}}, "sha256.*x"),
-    ({"data": {"train": "x", "validation": "v"}}, "train.*x"),
-])
-def test_unlike_runs_are_refused(tmp_path, changes, words):
-    """Catches seeds or arms averaged that differ in more than their seed."""
-    for seed in (0, 1):
-        write_seed(tmp_path, seed=seed, **changes if seed else {})
-    with pytest.raises(ValueError, match=f"seeds 0 and 1 cannot be compared.*({words})"):
-        read_round(tmp_path / "R8")
-    for name in ("run.json", "records.jsonl"):
-        whole = (tmp_path / "R8/seed0/no_fs" / name).read_text()
-        (tmp_path / "R8/seed1/no_fs" / name).write_text(whole.replace('"seed": 0', '"seed": 1'))
-    assert re.search(f"seed1.*its arms .*({words})", read_round(tmp_path / "R8")[2][0])
-
-
-def test_what_may_differ_is_told(tmp_path):
-    """Catches runs of other code or another machine averaged in silence, the seeds of a stand-in refused for
-    their own bases, and arms of unequal ends (by minutes) refused."""
-    write_seed(tmp_path, seed=0, standin=True)
-    write_seed(tmp_path, seed=1, standin=True, base={"name": "b1"}, data={"train": "u", "validation": "v"})
-    assert read_round(tmp_path / "R8")[1] == []
-    moved = {"from_step": 5, "code": "new", "machine": {"cpu": "AVX2", "threads": 2}}
-    change_run(tmp_path / "R8/seed1/prompt_fs", history=[{"from_step": 0, **HERE}, moved], steps=0)
-    found, (note,), _ = read_round(tmp_path / "R8")
-    assert list(found) == [0, 1]
-    assert re.search("seed 1 .*c0de.* there, .*new.* here; .*1 there, .*2 here", note)
-
-
-def test_another_run_is_refused_in_one_short_line(tmp_path):
-    """Catches a finished run overwritten by other settings, and an error of a thousand characters."""
-    folder, wanted = write_seed(tmp_path) / "no_fs", identity_of("R8", 0, "no_fs")
-    change_run(folder, settings=dict(reversed(SETTINGS.items())))    # another order is no difference
-    assert status_of(folder, wanted) == "done" and status_of(tmp_path / "R8/seed9/no_fs", wanted) == "absent"
-    for change, words in (({"lr": 0.1}, "lr.*3e-05 there, .*0.1 here"), ({"new": 1}, "new.*1 here")):
-        with pytest.raises(ValueError, match=f"holds another run .*{words}"):
-            status_of(folder, wanted | {"settings": SETTINGS | change})
-    one, other = ({"base": {"name": letter * 400, "sha256": letter * 64},
-                   "data": {"train": letter * 64, "validation": letter * 64}} for letter in "xy")
-    change_run(folder, **one)
-    with pytest.raises(ValueError, match="and 1 more.; --fresh replaces it, --runs DIR keeps both") as caught:
-        status_of(folder, wanted | other)
-    message = str(caught.value).replace(str(folder), "runs/standin/R8/seed0/no_fs")
-    assert len(message) < 300 and message.count(" here") == 3, message
-
-
-def test_a_twin_is_copied_whole_or_not_at_all(tmp_path):
-    """Catches a twin with cut records or a missing file marked done, one of other code or another machine,
-    and no_fs trained twice where two rounds differ in Future-Seed alone."""
-    source, folder = write_seed(tmp_path, "R6") / "no_fs", tmp_path / "R8/seed0/no_fs"
-    write_seed(tmp_path, "R4", minutes=1.0)    # these depend on the clock
-    folder.parent.mkdir(parents=True)
-
-    def copied(surroundings=HERE, folder=folder, **changes) -> bool:
-        identity = identity_of("R8", 0, folder.name, **changes)
-        done = copy_twin(folder, identity, twin_key(identity, surroundings))
-        assert os.listdir(folder.parent) == [folder.name] * done
-        return done
-
-    assert not copied(HERE | {"code": "other"}) and not copied(HERE | {"machine": {"cpu": "AVX512"}})
-    assert not copied(settings=SETTINGS | {"lr": 1.0}) and not copied(data={}) and not copied(minutes=1.0)
-    assert not copied(folder=folder.with_name("prompt_fs"))
-    for name in ("run.json", "records.jsonl", "model.pth"):
-        (source / name).rename(tmp_path / "away")
-        assert not copied(), name
-        (tmp_path / "away").rename(source / name)
-    records, run = (source / "records.jsonl").read_text(), read_run(source)
-    for cut in (records[:-9], records[:records.rindex('{"step"')], ""):
-        (source / "records.jsonl").write_text(cut)
-        assert not copied()
-    (source / "records.jsonl").write_text(records)
-    for changes in ({"status": "running"}, {"history": [HERE, HERE]}, {"steps": 5}):
-        change_run(source, **changes)
-        assert not copied()
-        write_json(source / "run.json", [run])
-    changed = SETTINGS | {"fs_layer_start": 1, "alpha_init": 0.0}
-    assert copied(settings=changed)
-    assert read_run(folder) == {**run, "round": "R8", "settings": changed, "copied_from": "R6"}
-    assert (folder / "records.jsonl").read_text() == records and (folder / "model.pth").exists()
-
-
-def test_the_time_left_falls(monkeypatch, capsys):
-    """Catches a time left that is of the work done, or of another unit, and a line at every step."""
-    now = [100.0]
-    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    progress = Progress(total=1000)
-    for _ in range(50):
-        now[0] += 1.0
-        progress.tick(20, "at work")
-    lines = capsys.readouterr().err.splitlines()
-    left = [int(re.fullmatch(r"at work; about (\d+) s left in all", line)[1]) for line in lines]
-    assert left == [47 - 3 * i for i in range(16)]
