@@ -401,7 +401,7 @@ class Arm:
             raise ValueError("its step, its metrics and its records do not belong together")
 
     def check_moments(self, step: int) -> None:
-        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        """An error of any type unless the optimizer has moments of `step` steps for all that is trained."""
         parameters = list(self.model.parameters())
         if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
             parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
