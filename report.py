@@ -293,7 +293,7 @@ def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) ->
 
     curves: arm -> the lines of metrics.jsonl of every seed.
     """
-    drawn = []
+    drawn, usual = [], []    # every loss of the picture; those that decide how high it is
     for arm, seeds in curves.items():
         for number, lines in enumerate(seeds):
             training = [line for line in lines if "train_loss" in line]
@@ -305,13 +305,16 @@ def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) ->
                        alpha=0.7, label=None if number else arm)
             panel.plot([line["step"] for line in evaluations], validation, "o", color=COLOURS[arm],
                        markersize=3, alpha=0.7)
-            drawn += [loss for loss in smooth + validation if math.isfinite(loss)]
-    top = None
+            drawn += smooth + validation
+            usual += validation
+            if losses:
+                usual.append(float(np.percentile(losses, 90)))
+    # one step that went wrong must not flatten all the others, and NaN is no height
+    most = 1.5 * max([loss for loss in usual if math.isfinite(loss)], default=1.0)
     title = f"training loss, mean of {window} steps; dots: validation"
-    if drawn:
-        most = 4 * np.percentile(drawn, 90)    # one step that went wrong must not flatten all the others
-        if max(drawn) > most > 0:
-            top, title = most, f"{title}; cut at {most:.2g}"
+    top = None
+    if not all(loss <= most for loss in drawn):
+        top, title = most, f"{title}; cut at {most:.2g}"
     panel.set_ylim(0, top)
     panel.set_title(title, fontsize=10)
     panel.set_xlabel("training steps", fontsize=8)
@@ -327,6 +330,8 @@ def read_metrics(path: Path) -> list[dict]:
         lines = [json.loads(line) for _, line in read_lines(path)]
         for line in lines:
             check_shape(line, {"step": int, "train_loss" if "train_loss" in line else "loss": float})
+        if not any("loss" in line for line in lines):
+            raise ValueError("it holds no evaluation")
     return lines
 
 

@@ -51,7 +51,7 @@ from typing import Iterator, NamedTuple
 import torch
 
 import standin
-from data import (LARGEST_BASE, Example, batches, collate, download, fingerprint, load_examples,
+from data import (Example, batches, collate, download, fingerprint, load_examples,
                   load_own_examples, loses_question)
 from eval import answer_budget, means_of, score
 from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
@@ -134,7 +134,7 @@ def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tupl
         return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
     path = assets / "weights" / choice if published else Path(choice)
     if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline, largest=LARGEST_BASE)
+        download(BASE_URL + choice, path, RWKV7.load, offline)
     return RWKV7.load(path), path.name
 
 
@@ -261,16 +261,13 @@ class Arm:
         device = self.experiment.device
         started = time.monotonic()
         rows = self.recipe.micro_batch_size or len(batch)
-        ids = ", ".join(example.id for example in batch)
-        what = f"the loss at step {self.step + 1} (examples {ids})"
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(batch), rows):
             # products in bf16 on a GPU; on a CPU all is fp32, so that a run can be repeated to the bit
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 prompt, lengths, answer, answer_lengths = collate(batch[first:first + rows], device)
-                with self.naming_loss(what):
-                    logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
+                logits, _ = answer_logits(self.model, self.fs, prompt, lengths, answer)
                 loss = answer_loss(logits, answer, answer_lengths)
             (loss.sum() / len(batch)).backward()    # pieces add up to the gradient of the batch's mean
             losses.append(loss.detach())
@@ -286,7 +283,8 @@ class Arm:
         self.step += 1
         mean = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
         self.seconds += time.monotonic() - started
-        self.check_finite(mean, what)
+        ids = ", ".join(example.id for example in batch)
+        self.check_finite(mean, f"the loss at step {self.step} (examples {ids})")
         self.metrics.append({"step": self.step, "train_loss": mean})
 
     def budget_spent(self) -> bool:
@@ -306,22 +304,11 @@ class Arm:
         else:
             progress.tick(self.seconds, f"{self.name}: step {self.step}, {shown}", self.seconds)
 
-    def diverged(self, trouble: str) -> ValueError:
-        """The error for a loss that is not a number: nothing that follows could be kept."""
-        return ValueError(f"{self.name}: {trouble}. The last checkpoint is kept. A lower learning rate may "
-                          f"help, as in --set lr={self.recipe.lr / 3:.1g}")
-
     def check_finite(self, loss: float, what: str) -> None:
+        """ValueError unless a loss is a number: nothing that follows could be kept."""
         if not loss < float("inf"):
-            raise self.diverged(f"{what} is {loss}")
-
-    @contextlib.contextmanager
-    def naming_loss(self, what: str) -> Iterator[None]:
-        """Within the block, an error says which loss was to be had. (On a CPU the operator refuses NaN.)"""
-        try:
-            yield
-        except ValueError as error:
-            raise self.diverged(f"{what} cannot be computed ({error})") from error
+            raise ValueError(f"{self.name}: {what} is {loss}. The last checkpoint is kept. A lower learning "
+                             f"rate may help, as in --set lr={self.recipe.lr / 3:.1g}")
 
     # -- scoring
 
@@ -330,11 +317,9 @@ class Arm:
 
     def evaluate(self) -> None:
         """Score the whole validation set and keep what came out."""
-        what = f"the validation loss after step {self.step}"
-        with self.naming_loss(what):
-            records = self.scored(f"validation at step {self.step}")
+        records = self.scored(f"validation at step {self.step}")
         means = means_of(records)
-        self.check_finite(means["loss"], what)
+        self.check_finite(means["loss"], f"the validation loss after step {self.step}")
         self.records += records
         self.metrics.append({"step": self.step, **means})
         exact = "option accuracy" if self.recipe.task == "arc" else "exact match"

@@ -129,28 +129,33 @@ def table(runs: list[dict]) -> str:
 
 
 def wrong_answers(runs: list[dict], arm: str) -> dict[str, float]:
-    """Directional lookup: of the wrong answers to queries whose pair comes later, what share is the thing of
-    a pair beside the right one, of another pair of the sequence, or none in it; and how many there are."""
+    """Directional lookup: whose thing is said where a query whose pair comes later is answered wrongly.
+
+    Returns shares of these answers: of a pair beside the right one in the text (beside), of any other pair
+    (another), of none (none); how often another pair drawn at random would be beside it (chance); and the
+    number of wrong answers (wrong).
+    """
     inputs, targets = test_of("directional")
     query = inputs[:, 1::2] == ASK
-    counts = {"beside": 0, "another": 0, "none": 0}
+    counts, chances = {"beside": 0, "another": 0, "none": 0}, []
     for run in runs:
         if run["task"] != "directional":
             continue
         said = said_at(run, arm, targets)
         for b, t in zip(*np.nonzero(comes_later(inputs) & (said != targets))):
-            pairs = np.flatnonzero(~query[b])                  # items of the sequence that are pairs
+            pairs = np.flatnonzero(~query[b])    # the items of this sequence that are pairs
             things = inputs[b, 2 * pairs + 1]
             right = np.flatnonzero(inputs[b, 2 * pairs] == inputs[b, t - 1])[0]
             beside = [things[i] for i in (right - 1, right + 1) if 0 <= i < len(things)]
+            chances.append(len(beside) / (len(things) - 1))
             if said[b, t] in beside:
                 counts["beside"] += 1
             elif said[b, t] in things:
                 counts["another"] += 1
             else:
                 counts["none"] += 1
-    total = sum(counts.values())
-    return {name: count / max(1, total) for name, count in counts.items()} | {"wrong": total}
+    shares = {kind: round(count / max(1, len(chances)), 3) for kind, count in counts.items()}
+    return shares | {"chance": round(float(np.mean(chances)), 3), "wrong": len(chances)}
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def draw_all(runs: list[dict]) -> None:
     ran = [task for task in scored if any(run["task"] == task for run in runs)]
     figure = Figure(figsize=(11, 0.5 + 2.6 * -(-len(ran) // 4)), layout="constrained")
     panels = figure.subplots(-(-len(ran) // 4), 4, sharey=True, squeeze=False).flat
-    for panel, task in zip(panels, ran):
+    for task, panel in zip(ran, panels):    # in this order, or zip would take a panel too many
         draw_curves(panel, runs, task, scored[task])
         count = sum(run["task"] == task for run in runs)
         title = TITLES.get(task, TITLES["directional later"]).removesuffix(" (control)")

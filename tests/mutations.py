@@ -110,6 +110,13 @@ FAULTS = [
           FUTURE_SEED),
     Fault("answers start from the seed state", "model.py",
           "y_answer, _ = wkv(*answer, state)", "y_answer, _ = wkv(*answer, before.wkv)", FUTURE_SEED),
+    Fault("a key at a padded position is not masked", "model.py",
+          "            k = k.masked_fill(columns.padding, 0)\n", "", MODEL),
+    Fault("the token shift is handed on from the token before the last", "model.py",
+          "last = extended[columns.rows, columns.lengths]",
+          "last = extended[columns.rows, columns.lengths - 1]", MODEL),
+    Fault("the input gate looks at the last column, which may be padding", "model.py",
+          "x_last = x[columns.rows, columns.lengths - 1]", "x_last = x[:, columns.T - 1]", FUTURE_SEED),
 
     # ---- statistics ----
     Fault("the rank of the median's interval off by one", "stats.py",

@@ -149,13 +149,15 @@ def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch,
     """
     short = TASKS["recall"]._replace(last=3, steps=10)
     monkeypatch.setitem(TASKS, "recall", short)
-    monkeypatch.setattr(from_scratch, "TEST", 4)
+    monkeypatch.setattr(from_scratch, "TEST", 64)
+    monkeypatch.setattr(from_scratch, "WARM_UP", 1)    # or both models would still say the same
     out = tmp_path / "runs.jsonl"
     monkeypatch.setattr(sys, "argv", ["from_scratch.py", "recall", "--seed", "5", "--out", str(out)])
     from_scratch.main()
     run = json.loads(out.read_text())
     assert (run["task"], run["seed"], len(run["curve"])) == ("recall", 5, 10)
-    inputs, targets = short.make(np.random.default_rng(2 ** 31), 4, 3)
+    inputs, targets = short.make(np.random.default_rng(from_scratch.TEST_SEED), 64, 3)
+    assert run["said"]["plain"] != run["said"]["Future-Seed"]
     for arm in ("plain", "Future-Seed"):
         right = np.mean(np.array(run["said"][arm]) == targets[targets != SILENT])
         assert run["curve"]["10"][f"right, {arm}"] == pytest.approx(right, abs=1e-4)

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_named_in_one_line(broken):
 
 
 @pytest.mark.parametrize("T", (1, 40))
-@pytest.mark.parametrize("wrong", (-0.61, -12.0, 1e-3, math.inf, math.nan))
+@pytest.mark.parametrize("wrong", (-0.61, -12.0, 1e-3, math.inf))
 def test_a_decay_out_of_range_is_refused_on_a_cpu(T, wrong):
     """One log_w out of RWKV-7's range is an error that names the value and wkv_reference, which takes it.
 
