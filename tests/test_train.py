@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, example, given, settings, strategies as st
 
 import data
 import eval as eval_py
@@ -293,16 +293,20 @@ SENSITIVE = ["Arm.train_step", "Arm.evaluate", "Arm.save", "Arm.write_lines", "A
              "copy_identical_no_fs", "real_material", "RWKV7.load", "read_pt"]
 
 
-@st.composite
-def stops_at(draw, moments):
-    """A stop: its kind, the function in which it comes, and at which of its calls."""
-    name = draw(st.sampled_from(SENSITIVE) | st.sampled_from(sorted(moments)))
-    return draw(st.sampled_from(list(STOPS))), name, draw(st.integers(1, moments.get(name, 1)))
+# a life of a run: how it is stopped, in which function, at which of its calls (0 the first, 1 the last), and
+# whether the command has --fresh
+LIFE = st.tuples(st.sampled_from(list(STOPS)), st.sampled_from(SENSITIVE) | st.integers(0, 10**6),
+                 st.floats(0, 1), st.sampled_from([False, False, False, True]))
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, command, moments, data):
+@settings(deadline=None, max_examples=4, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))
+@given(lives=st.lists(LIFE, min_size=1, max_size=2))
+@example(lives=[("INT", "Arm.evaluate", 0.3, False), ("TERM", "score", 0.5, False)])
+@example(lives=[("TERM", "Arm.train_step", 0.3, True), ("KILL", "Arm.write_lines", 0.5, False)])
+@example(lives=[("KILL", "Arm.train_step", 0.9, False), ("INT", "Arm.save", 1.0, False)])
+@example(lives=[("INT", "Arm.finish", 0.0, False), ("KILL", "atomic_write", 0.9, False)])
+def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, command, moments, lives):
     """Stopped in one or two lives, by Ctrl-C, SIGTERM or SIGKILL, in any function of the project, a run ends
     with the bytes of one that never was, once it is started for the last time.
 
@@ -315,9 +319,10 @@ def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, comman
     run leaves for good.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(data.draw(st.integers(1, 2), label="lives")):
-            kind, name, number = data.draw(stops_at(moments), label="stop")
-            fresh = data.draw(st.integers(0, 4), label="--fresh") == 4
+        for kind, name, share, fresh in lives:
+            if isinstance(name, int):
+                name = sorted(moments)[name % len(moments)]
+            number = 1 + round(share * (moments.get(name, 1) - 1))
             argv = command(folder, *["--fresh"] * fresh)
             if kind == "KILL":
                 assert in_child(argv, profile=Moments(name, number, lambda: os._exit(9))) in (0, 9)
