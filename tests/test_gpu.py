@@ -202,23 +202,24 @@ def prompts():
 
 
 def test_the_model_reads_as_on_the_cpu(device):
-    """hidden and every layer's wkv state under bf16 autocast are those of fp64 on the CPU, but for bf16's
-    rounding; a padded row too.
+    """hidden and every layer's wkv state under bf16 autocast are those that each row alone has in fp64 on the
+    CPU, but for bf16's rounding.
 
     Catches: padding that leaks on this path, a dtype or a layout in which autocast hands over tensors, and a
     state that comes back in bf16.
     """
     model, (tokens, lengths) = small_model(64 if ON_GPU else 32), prompts()
+    exact_model = copy.deepcopy(model).double()
+    model = model.to(device)
     with torch.no_grad():
-        exact, exact_states = prefill(copy.deepcopy(model).double(), tokens, lengths)
-        model, tokens, lengths = model.to(device), tokens.to(device), lengths.to(device)
         with torch.autocast(device, BF16):
-            hidden, states = prefill(model, tokens, lengths)
-    for row, length in enumerate(lengths.tolist()):
-        assert relative_error(hidden[row, :length].cpu(), exact[row, :length]) <= 3e-2
-    for state, exact_state in zip(states, exact_states):
-        assert state.wkv.dtype == FP32
-        assert relative_error(state.wkv.cpu(), exact_state.wkv) <= 3e-2
+            hidden, states = prefill(model, tokens.to(device), lengths.to(device))
+        for row, length in enumerate(lengths.tolist()):
+            exact, exact_states = prefill(exact_model, tokens[row:row + 1, :length])
+            assert relative_error(hidden[row, :length].cpu(), exact[0]) <= 3e-2
+            for state, exact_state in zip(states, exact_states):
+                assert state.wkv.dtype == FP32
+                assert relative_error(state.wkv[row].cpu(), exact_state.wkv[0]) <= 3e-2
 
 
 @pytest.mark.parametrize("arm", ("no_fs", "prompt_fs"))
@@ -226,7 +227,8 @@ def test_one_training_step(device, arm):
     """The loss and all gradients of a step under bf16 autocast are those of fp64 on the CPU, but for bf16's
     rounding, with Future-Seed and without, and the optimiser's step leaves every parameter finite.
 
-    Catches: a gradient that does not reach the prompt through the state, or a seed state that is left out.
+    Catches: a gradient that is lost between the kernels of the answer, those of the prompt and the seed state
+    of the layer above, and one that autocast leaves in the wrong dtype.
     """
     model, (tokens, lengths) = small_model(64 if ON_GPU else 32), prompts()
     answer, answer_lengths = tokens[:, :3], torch.tensor([3, 2])
@@ -254,6 +256,6 @@ def test_one_training_step(device, arm):
              if exact.grad is not None]
     ours = torch.cat([gradient.flatten().cpu() for gradient, _ in pairs])
     exact = torch.cat([gradient.flatten() for _, gradient in pairs])
-    assert relative_error(ours, exact) <= 5e-2
+    assert relative_error(ours, exact) <= 3e-2
     optimizer.step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())

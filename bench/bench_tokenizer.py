@@ -1,7 +1,8 @@
-"""Speed of the tokenizer: python tests/bench_tokenizer.py [a HotpotQA json file]
+"""Times the tokenizer: python bench/bench_tokenizer.py [a HotpotQA json file]
 
-Prints megabytes of UTF-8 a CPU second, best of several runs, beside the longest slice found in the vocabulary
-(naive) and, where it is installed, the `rwkv` package's trie; all on the same text in the same run.
+Prints megabytes of UTF-8 that each encoder reads in a CPU second, the best of several runs, all on the same
+texts in the same run. Two stand beside ours: a naive one, which looks up slices in the vocabulary from the
+longest down, and the trie of the `rwkv` package where that is installed.
 """
 
 import json
@@ -18,14 +19,14 @@ sys.path.insert(0, str(ROOT))
 import tokenizer  # noqa: E402
 
 SIZE = 1_000_000
-# short pieces, each at its best of several rounds: a busy machine disturbs these least
+# pieces are short and each counts at its best of several rounds, so that a busy machine disturbs them least
 PIECE = 10_000
 PIECES = 10
 ROUNDS = 10
 
 
 def english(path):
-    """HotpotQA's paragraphs where the file is there, else Python's own manual."""
+    """HotpotQA's paragraphs where there is such a file, and Python's own manual where there is not."""
     if not path.is_file():
         return "".join(pydoc_data.topics.topics.values()), "Python's manual"
     records = json.loads(path.read_text(encoding="utf-8"))
@@ -39,7 +40,7 @@ def python_code():
 
 
 def many_scripts(tokens):
-    """Tokens beyond ASCII in random order: no language, but all of them."""
+    """Tokens beyond ASCII in random order, which belong to no language and to all of them."""
     beyond = [token for token in tokens.values() if token and max(token) > 127]
     return b"".join(random.Random(0).choices(beyond, k=SIZE // 3))
 
@@ -78,8 +79,10 @@ def main():
     except ImportError:
         pass
 
-    default = ROOT.parent / "shared" / "data" / "hotpotqa" / "hotpot_dev_distractor_v1.json"
-    text, source = english(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    path = ROOT.parent / "shared" / "data" / "hotpotqa" / "hotpot_dev_distractor_v1.json"
+    if len(sys.argv) > 1:
+        path = Path(sys.argv[1])
+    text, source = english(path)
     texts = {
         f"English ({source})": text.encode(),
         "Python code (standard library)": python_code().encode(),

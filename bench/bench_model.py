@@ -1,15 +1,18 @@
-"""The whole 0.1b model: a training step, its parts and its operations, a prefill, and decoding, beside peers.
+"""Times the whole 0.1b model: a training step, its parts and its operations, a prefill, and decoding.
 
-    python tests/bench_model.py [--device cuda] [--threads 1 2] [--tokens 512 4096] [--layers 12] [--peers no]
+    python bench/bench_model.py [--device cuda] [--threads 1 2] [--tokens 512 4096] [--layers 12] [--peers no]
+    python bench/bench_model.py --save FILE.pth     writes the random model, which `train.py --base` takes
 
-Weights are random (speed does not depend on them), prompts are random tokens, an answer has 4 tokens. On one
-thread of a CPU, a time is CPU seconds of the process, so that a busy machine does not count; on more threads,
-wall seconds: the least of three calls after a first one, or of one where it takes long. On a GPU it is
-seconds between synchronisations, the median of ten. Every line comes from a process of its own, so that peak
-memory is its own. Peers, if they can be imported (PyPI): `rwkv`, the official package, which reads but does
-not train, and `rwkv7-hf`, in whose step every token is scored, as in the demo of RWKV-LM.
+Weights are random numbers, made in about two seconds, since speed does not depend on them. Prompts are random
+tokens, and an answer has 4 tokens. On one thread of a CPU a time is CPU seconds of the process, so that a
+busy machine does not count; on more threads it is wall seconds. Either is the least of three calls after a
+first one, or of one call where it takes long. On a GPU a time is seconds between synchronisations, the median
+of ten. Every line comes from a process of its own, so that its peak memory is its own.
 
-Shapes: T tokens, C channels.
+Two peers run beside ours where they can be imported (both are on PyPI): `rwkv`, the official package, which
+reads but does not train, and `rwkv7-hf`, whose training step scores every token, as the demo of RWKV-LM does.
+
+Shapes: T tokens, C channels, H heads, N head size.
 """
 
 import argparse
@@ -31,19 +34,21 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from fs import FutureSeed
+from fs import FutureSeed, answer_logits, answer_loss
 from model import RWKV7, Config
 from wkv import wkv
 
-ANSWER = 4
-LONG = 10       # seconds of a call from which on one is enough
-DECODED = 64    # tokens
+ANSWER = 4      # tokens of an answer
+LONG = 10       # seconds that a call may take before one call is enough
+DECODED = 64    # tokens that a timed decoding writes
 
 
 class Clock:
     def __init__(self, device: str, threads: int):
         self.device = device
-        self.now = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+        self.now = time.perf_counter
+        if device == "cpu" and threads == 1:
+            self.now = time.process_time
 
     def once(self, function) -> float:
         if self.device == "cuda":
@@ -59,7 +64,9 @@ class Clock:
         first = self.once(function)
         if self.device == "cuda":
             return statistics.median(self.once(function) for _ in range(10))
-        return min(self.once(function) for _ in range(1 if first > LONG else 3))
+        if first > LONG:
+            return self.once(function)
+        return min(self.once(function) for _ in range(3))
 
     def peak(self) -> float:
         """Largest memory of the process so far, in GB."""
@@ -69,6 +76,7 @@ class Clock:
 
 
 def random_model(layers: int, device: str) -> RWKV7:
+    """A model as wide as 0.1b, of plain random numbers: RWKV7.init's orthogonal matrices take a minute."""
     model = RWKV7(Config.published(n_layer=layers))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,11 +93,10 @@ def autocast(device: str):
 
 
 def loss_of(model: RWKV7, fs: FutureSeed, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Of the answer to the prompt, as in the rounds; a single row has no padding, so no lengths."""
-    hidden, _ = model(prompt, seed_state=fs, answer=answer[:, :-1])
-    logits = model.head(hidden[:, prompt.shape[1] - 1 :])
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
-    return loss[0] + loss[1:].mean()
+    """The loss of the answer to the prompt, as in the rounds. One row has no padding and needs no lengths."""
+    logits, _ = answer_logits(model, fs, prompt, None, answer)
+    lengths = torch.full((len(answer),), answer.shape[1], device=answer.device)
+    return answer_loss(logits, answer, lengths).mean()
 
 
 def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
@@ -98,15 +105,19 @@ def row(who: str, what: str, seconds: float, tokens: int, note="") -> None:
 
 
 def rows_of_reading(who: str, clock: Clock, T: int, prefill, decode) -> None:
-    """`decode` writes DECODED tokens."""
+    """Two lines, of `prefill`, which reads T tokens, and of `decode`, which writes DECODED tokens."""
     row(who, f"prefill (1, {T})", clock(prefill), T)
     row(who, "decode, a token", clock(decode) / DECODED, 1)
 
 
 def rates(clock: Clock, T: int, layers: int) -> None:
-    """What the machine gives: operations of a product as in the channel mix, and bytes of a sum."""
-    dtype = torch.bfloat16 if clock.device == "cuda" else torch.float32
-    x, weight = (torch.randn(*shape, device=clock.device, dtype=dtype) for shape in ((T, 768), (768, 3072)))
+    """What the machine gives: operations a second of a product as in the channel mix, and bytes a second of a
+    sum over a large array."""
+    dtype = torch.float32
+    if clock.device == "cuda":
+        dtype = torch.bfloat16
+    x = torch.randn(T, 768, device=clock.device, dtype=dtype)
+    weight = torch.randn(768, 3072, device=clock.device, dtype=dtype)
     large = torch.ones(100_000_000, device=clock.device)
 
     def ten_products():
@@ -122,7 +133,7 @@ def rates(clock: Clock, T: int, layers: int) -> None:
 # ---- ours --------------------------------------------------------------------------------------------------
 
 class OperatorInOne(torch.autograd.Function):
-    """In the place of the wkv operator: one operation each way, as a kernel is."""
+    """Takes the place of the wkv operator when operations are counted: one each way, as a kernel is one."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -137,7 +148,7 @@ class OperatorInOne(torch.autograd.Function):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, without views and allocations: about what a GPU would have to launch."""
+    """Counts what torch dispatches, but for views and allocations: about what a GPU would have to launch."""
 
     def __init__(self):
         super().__init__()
@@ -151,10 +162,10 @@ class Operations(TorchDispatchMode):
 
 
 def count_ours(clock: Clock, T: int, layers: int) -> None:
-    """On the CPU and with few channels: how many operations there are does not depend on either."""
+    """Counts on the CPU and with few channels, because the number of operations depends on neither."""
     model = RWKV7.init(Config.published(layers, 64, 64, 100))
     model.checkpoint_activations = True
-    fs = FutureSeed(model.config)
+    fs = FutureSeed(model.config, layer_start=layers // 2)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prompt, answer = random_tokens(64, "cpu", 100), random_tokens(ANSWER, "cpu", 100)
     print("operations of a step of batch 1, blocks recomputed, the wkv operator one each way", flush=True)
@@ -174,9 +185,10 @@ def count_ours(clock: Clock, T: int, layers: int) -> None:
 
 
 def train_ours(clock: Clock, T: int, layers: int) -> None:
-    device, model = clock.device, random_model(layers, clock.device)
+    device = clock.device
+    model = random_model(layers, device)
     model.checkpoint_activations = T >= 4096
-    fs = FutureSeed(model.config).to(device)
+    fs = FutureSeed(model.config, layer_start=layers // 2).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prompt, answer = random_tokens(T, device), random_tokens(ANSWER, device)
 
@@ -188,17 +200,20 @@ def train_ours(clock: Clock, T: int, layers: int) -> None:
         optimizer.step()
 
     seconds = clock(step)
-    again = ", blocks recomputed" if model.checkpoint_activations else ""
-    row("ours", f"training step (1, {T})", seconds, T, f"peak {clock.peak():.1f} GB{again}")
+    note = f"peak {clock.peak():.1f} GB"
+    if model.checkpoint_activations:
+        note += ", blocks recomputed"
+    row("ours", f"training step (1, {T})", seconds, T, note)
     parts = {"optimiser": clock(optimizer.step)}
-    parts |= {name: clock(part) for name, part in parts_of_a_step(model, T, device).items()}
-    if not again:
+    for name, part in parts_of_a_step(model, T, device).items():
+        parts[name] = clock(part)
+    if not model.checkpoint_activations:
         parts["all else"] = seconds - sum(parts.values())
     print("  of it", ", ".join(f"{name} {part * 1e3:,.1f}" for name, part in parts.items()), flush=True)
 
 
 def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
-    """Functions that do, alone, what a step does of each kind, forward and backward, in all layers."""
+    """{kind of work: a function that does all of that kind in a step, forward and backward, in all layers}"""
     C, H, N = model.config.n_embd, model.config.n_head, model.config.head_size
     blocks = model.blocks
 
@@ -212,21 +227,31 @@ def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
         return run
 
     def projections(x):
-        return [linear(x) for block in blocks for linear in
-                (block.att.receptance, block.att.key, block.att.value, block.att.output)]
+        outputs = []
+        for block in blocks:
+            att = block.att
+            outputs += [att.receptance(x), att.key(x), att.value(x), att.output(x)]
+        return outputs
 
     def adapters(x):
         outputs = []
-        for att in (block.att for block in blocks):
+        for block in blocks:
+            att = block.att
             outputs += [torch.tanh(x @ att.w1) @ att.w2, x @ att.a1 @ att.a2]
-            outputs += [torch.sigmoid(x @ att.g1) @ att.g2]
-            outputs += [x @ att.v1 @ att.v2] if att.layer > 0 else []
+            outputs.append(torch.sigmoid(x @ att.g1) @ att.g2)
+            if att.layer > 0:
+                outputs.append(x @ att.v1 @ att.v2)
         return outputs
 
     def operator(r, log_w, k, v, a, b):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32    # of all but the decay
+        dtype = torch.float32    # of all but the decay
+        if device == "cuda":
+            dtype = torch.bfloat16
         r, k, v, a, b = (x.to(dtype) for x in (r, k, v, F.normalize(a, dim=-1), 0.01 * b))
-        return [part for _ in blocks for part in wkv(r, -0.6 * torch.sigmoid(log_w), k, v, a, b)]
+        outputs = []
+        for _ in blocks:
+            outputs += wkv(r, -0.6 * torch.sigmoid(log_w), k, v, a, b)
+        return outputs
 
     def channel_mix(x):
         return [block.ffn.value(torch.relu(block.ffn.key(x)) ** 2) for block in blocks]
@@ -243,7 +268,8 @@ def parts_of_a_step(model: RWKV7, T: int, device: str) -> dict:
 
 @torch.no_grad()
 def read_ours(clock: Clock, T: int, layers: int) -> None:
-    device, model = clock.device, random_model(layers, clock.device)
+    device = clock.device
+    model = random_model(layers, device)
     prompt = random_tokens(T, device)
 
     def prefill():
@@ -267,7 +293,8 @@ def read_rwkv(clock: Clock, T: int, layers: int) -> None:
     from rwkv.model import RWKV
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):    # it greets
         random_model(layers, "cpu").save(f"{folder}/model.pth")
-        peer = RWKV(model=f"{folder}/model", strategy="cpu fp32" if clock.device == "cpu" else "cuda bf16")
+        strategy = {"cpu": "cpu fp32", "cuda": "cuda bf16"}[clock.device]
+        peer = RWKV(model=f"{folder}/model", strategy=strategy)
     prompt = random_tokens(T, "cpu")[0].tolist()
     after = peer.forward(prompt, None)[1]
 
@@ -325,6 +352,23 @@ OURS = [rates, count_ours, train_ours, read_ours]
 PEERS = [read_rwkv, train_rwkv7_hf, read_rwkv7_hf]
 
 
+def time_all(args) -> None:
+    """Runs every measurement in a process of its own."""
+    functions = list(OURS)
+    if args.peers == "yes":
+        functions += PEERS
+    for threads in args.threads:
+        where = f"CPU, {threads} thread(s)"
+        if args.device == "cuda":
+            where = torch.cuda.get_device_name()
+        print(f"RWKV-7, {args.layers} layers of 768, {where}, torch {torch.__version__}", flush=True)
+        for tokens in args.tokens:
+            for function in functions:
+                subprocess.run([sys.executable, __file__, "--only", function.__name__,
+                                "--device", args.device, "--threads", str(threads),
+                                "--tokens", str(tokens), "--layers", str(args.layers)], check=True)
+
+
 def main() -> None:
     by_name = {function.__name__: function for function in OURS + PEERS}
     parser = argparse.ArgumentParser(description=__doc__,
@@ -334,17 +378,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--peers", choices=("yes", "no"), default="yes")
-    parser.add_argument("--only", choices=by_name, help="one of the processes")
+    parser.add_argument("--only", choices=by_name, help="what one of the processes runs")
+    parser.add_argument("--save", metavar="FILE", help="write the random model and time nothing")
     args = parser.parse_args()
+    if args.save:
+        random_model(args.layers, "cpu").save(args.save)
+        return
     if args.only is None:
-        for threads in args.threads:
-            where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {threads} thread(s)"
-            print(f"RWKV-7, {args.layers} layers of 768, {where}, torch {torch.__version__}", flush=True)
-            for tokens in args.tokens:
-                for function in OURS + PEERS * (args.peers == "yes"):
-                    subprocess.run([sys.executable, __file__, "--only", function.__name__,
-                                    "--device", args.device, "--threads", str(threads),
-                                    "--tokens", str(tokens), "--layers", str(args.layers)], check=True)
+        time_all(args)
         return
     torch.manual_seed(0)
     torch.set_num_threads(args.threads[0])
