@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import eval as eval_py
 from eval import main, score
 from fake_runs import (REAL, STANDIN, change_lines, change_run, change_text, read_lines, save, write_lines,
                        write_runs)
-from fs import FutureSeed
+from fs import FutureSeed, prefill
 from report import analyse, explain, log_numbers, text_of_log, write_report
 from runs import ARMS, CONTROLS, FOLDERS, METRICS
 from standin import chance, fresh_model, small_tokenizer, validation_examples
@@ -269,7 +270,7 @@ FORMS = {(recipe.task, recipe.order): name for name, recipe in STANDIN.items()} 
 
 
 @pytest.mark.parametrize("name", FORMS.values())
-def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, name):
+def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, monkeypatch, name):
     """The explanation of a stand-in run ends with a command for each arm, which works when it is pasted, and
     gives the answer that the explanation gave for this arm.
 
@@ -283,10 +284,12 @@ def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, name)
     folder = write_runs(tmp_path / "my runs", name, [1], 2, source="standin", settings=changed) / "seed1"
     models = {arm: fresh_model(recipe.channels, seed) for seed, arm in enumerate(ARMS, start=3)}
     fs = {"no_fs": None, "prompt_fs": FutureSeed(models["prompt_fs"].config, **recipe.fs_settings())}
+    answers = {}
     for arm in ARMS:
         records = score(models[arm], validation, fs[arm], batch_size=4, device="cpu", step=recipe.steps,
                         tokenizer=small_tokenizer(), max_new=1)
         write_lines(folder / arm / "records.jsonl", records)
+        answers[arm] = {record["id"]: record["text"] for record in records}
         save(models[arm], folder / arm / "model.pth")
     save(fs["prompt_fs"], folder / "prompt_fs/fs.pth")
     write_lines(folder / "prompt_fs/controls.jsonl",
@@ -296,9 +299,19 @@ def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, name)
     commands = re.findall(r"^ *python eval\.py (.*)$", text, re.M)
     said = re.search(r'In one of them "(.*)" is right. no_fs says "(.*)", prompt_fs says "(.*)"\.', text)
     assert len(commands) == 2 and said[2] != said[3]
+    prompts = []
+
+    def keep_prompt(model, tokens, **more):
+        prompts.append(tokens[0].tolist())
+        return prefill(model, tokens, **more)
+
+    monkeypatch.setattr(eval_py, "prefill", keep_prompt)    # these models answer much alike whatever they read
     for command, arm, answer in zip(commands, ARMS, said.groups()[1:], strict=True):
         assert f"{arm}/model.pth" in command
         assert report_of(capsys, *shlex.split(command)).out == f"{answer}\n"
+    apart = [example.prompt for example in validation
+             if answers["no_fs"][example.id] != answers["prompt_fs"][example.id]]
+    assert prompts == [apart[0], apart[0]]
 
 
 def test_the_explanation_says_what_came_out(tmp_path):
