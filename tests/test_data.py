@@ -652,7 +652,9 @@ def test_without_a_network(tmp_path, monkeypatch, task):
     monkeypatch.setattr(data, "SECONDS_TO_ANSWER", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_to(monkeypatch, silent.getsockname()[1])
+        started = time.monotonic()
         refused(task, tmp_path, "timed out")
+        assert time.monotonic() - started < 8
     refused(task, tmp_path, "refused")
     monkeypatch.setattr(urllib.request, "urlopen", None)
     refused(task, tmp_path / "offline", "downloads are off", offline=True)
