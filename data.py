@@ -9,12 +9,18 @@ put in HotpotQA's form.
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
+import lzma
 import math
+import queue
 import random
+import shutil
+import struct
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
@@ -51,11 +57,14 @@ HOTPOTQA_SHA256 = {             # the publisher's; fetched without TLS, so its b
 HOTPOTQA_COPY_SHA256 = {        # the copy's; that of its training file is not known here
     "hotpot_dev_distractor_v1.json": "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
 }
-LARGEST_FILE = 2_000_000_000    # bytes of a download
+LARGEST_FILE = 8_000_000_000    # bytes of a download; RWKV-7 with 2.9 billion weights has 5.9
 LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
-SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up
-SECONDS_TO_BEGIN = 60           # and so is one that, after this time, has sent
-SLOWEST = 20_000                # fewer bytes a second on average
+SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up,
+SECONDS_TO_BEGIN = 60           # and so is one that has not begun to send the file after this time,
+SLOWEST = 20_000                # or that sends fewer bytes a second than this for as long
+# what zipfile raises for an archive that is damaged; OSError for a place before its beginning
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
+                   OSError)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,8 @@ def read_arc(record: dict) -> tuple[str, str, str, list[str]] | None:
         return None
     if len(set(labels)) < len(labels) or answer not in labels:
         raise ValueError(f"the answer {answer!r} should be one of the labels {labels}, each given once")
-    return *prompt_blocks("arc", [f"{label}. {text}" for label, text in options], stem), answer, labels
+    context, question = prompt_blocks("arc", [f"{label}. {text}" for label, text in options], stem)
+    return context, question, answer, labels
 
 
 def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
@@ -121,12 +131,16 @@ def read_hotpotqa(record: dict) -> tuple[str, str, str, None] | None:
         title, sentences = paragraph
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"a sentence of the paragraph {title!r} is not a str")
-        pieces.append(clean(title) and clean(title) + ":")
-        pieces.append(" ".join(filter(None, map(clean, sentences))))
-    pieces = [piece for piece in pieces if piece]
+        sentences = [clean(sentence) for sentence in sentences]
+        text = " ".join(sentence for sentence in sentences if sentence)
+        if clean(title):
+            pieces.append(clean(title) + ":")
+        if text:
+            pieces.append(text)
     if not question or not answer or not pieces:
         return None
-    return *prompt_blocks("hotpotqa", pieces, question), answer, None
+    context, question = prompt_blocks("hotpotqa", pieces, question)
+    return context, question, answer, None
 
 
 def read_own(record: dict) -> tuple[str, str, str, None]:
@@ -137,7 +151,8 @@ def read_own(record: dict) -> tuple[str, str, str, None]:
             raise ValueError(f"{key!r} is empty")
     if "\n" in parts["answer"]:
         raise ValueError("'answer' has a line break, and an answer is one line")
-    return *prompt_blocks("own", [parts["context"]], parts["question"]), parts["answer"], None
+    context, question = prompt_blocks("own", [parts["context"]], parts["question"])
+    return context, question, parts["answer"], None
 
 
 def prompt_blocks(task: str, context: list[str], question: str) -> tuple[str, str]:
@@ -202,25 +217,65 @@ def loses_question(example: Example, order: str) -> bool:
 
 # ---- files of records --------------------------------------------------------------------------------------
 
+def ask_server(url: str) -> http.client.HTTPResponse:
+    """The server's answer, once its headers are here. OSError where they do not come in time.
+
+    A timeout of urlopen starts anew with every byte that comes, so headers that come a byte a second would be
+    waited for without end. A thread waits for them, and is left behind if need be.
+    """
+    outcomes = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            outcomes.put(urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER))
+        except Exception as error:    # it belongs to the thread that asked for the file
+            outcomes.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        outcome = outcomes.get(timeout=SECONDS_TO_BEGIN)
+    except queue.Empty:
+        raise OSError(f"the server is too slow: no answer in {SECONDS_TO_BEGIN} s") from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 def fetch(url: str, path: Path) -> None:
     """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all."""
-    with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as answer, open(path, "wb") as file:
+    with ask_server(url) as answer, open(path, "wb") as file:
         promised = int(answer.headers.get("Content-Length") or 0)
-        progress, started, received = Progress(promised), time.monotonic(), 0
         if promised > LARGEST_FILE:
             raise OSError(f"it would be {promised:,} bytes")
+        progress, received = Progress(promised), 0
+        watched_since, received_then = time.monotonic(), 0
         while part := answer.read1(1 << 16):    # read1 gives what there is; read would wait for all of it
             file.write(part)
             received += len(part)
-            seconds = time.monotonic() - started
             if received > LARGEST_FILE:
                 raise OSError(f"the server does not stop sending, after {received:,} bytes")
-            if seconds > SECONDS_TO_BEGIN and received < SLOWEST * seconds:
-                raise OSError(f"the server is too slow: {received:,} bytes in {seconds:.0f} s")
-            so_far = f"{received / 1e6:.0f} of {promised / 1e6:.0f} MB"
+            # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
+            seconds = time.monotonic() - watched_since
+            if seconds > SECONDS_TO_BEGIN:
+                if received - received_then < SLOWEST * seconds:
+                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in the last "
+                                  f"{seconds:.0f} s")
+                watched_since, received_then = time.monotonic(), received
+            so_far = f"{received / 1e6:.0f} MB"
+            if promised:
+                so_far += f" of {promised / 1e6:.0f} MB"
             progress.tick(received, f"downloading {path.name}: {so_far}")
     if received < promised:
         raise OSError(f"the server sent {received:,} of {promised:,} bytes")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed download left in a folder, unless another process is downloading into it now."""
+    leftovers = list(folder.glob(".download-*"))
+    if leftovers:
+        with contextlib.suppress(OSError), FileLock(folder / ".lock", timeout=0):
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], offline: bool,
@@ -231,6 +286,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
     do with the file in place of keeping it; member, what a person would have to take out of it.
     Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
+    sweep(path.parent)
     try:
         if offline:
             raise OSError("downloads are off")
@@ -238,10 +294,6 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
         with FileLock(path.parent / ".lock"):
             if path.exists():    # another process has fetched it meanwhile
                 return
-            for leftover in path.parent.glob(".download-*/*"):    # of a process that was killed
-                leftover.unlink()
-            for leftover in path.parent.glob(".download-*"):
-                leftover.rmdir()
             say(f"downloading {path.name} from {url.split('/')[2]}")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 part = Path(folder, path.name)
@@ -251,36 +303,47 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
                     part.rename(path)
                 else:
                     unpack(part)
-    except (OSError, http.client.HTTPException, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(f"could not download {path}: {reason}. Download {url} yourself and save "
                                 f"{member or 'it'} as {path}.") from None
 
 
 def unpack_arc(archive: Path, folder: Path) -> None:
-    """Take ARC-Challenge's three files out of the archive. ValueError, and none is kept, if one is wrong."""
-    with zipfile.ZipFile(archive) as members, tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        unpacked = []
-        for task, split in FILES:
+    """Take ARC-Challenge's three files out of the archive. ValueError, and none is kept, if one is wrong.
+
+    A file that is in the folder already is left alone.
+    """
+    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
+        for (task, _), (name, published) in FILES.items():
             if task == "arc":
-                name = Path(FILES[task, split][0]).name
-                try:
-                    member = members.getinfo(ARC_FOLDER + name)
-                except KeyError:
-                    raise ValueError(f"the archive has no {name}") from None
-                if member.file_size > LARGEST_MEMBER:
-                    raise ValueError(f"{name} would be {member.file_size:,} bytes")
-                path = Path(place, name)
-                path.write_bytes(members.read(member))
-                check_records(path, FILES[task, split][1])
-                unpacked.append(path)
-        for path in unpacked:
-            path.rename(folder / path.name)
+                path = Path(place, Path(name).name)
+                path.write_bytes(read_member(archive, ARC_FOLDER + path.name))
+                check_records(path, published)
+        for path in Path(place).iterdir():
+            if not (folder / path.name).exists():
+                path.rename(folder / path.name)
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    """One file out of a zip archive. ValueError if it is missing, damaged or too large."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            member = members.getinfo(name)
+            if member.file_size > LARGEST_MEMBER:
+                raise ValueError(f"{name} would be {member.file_size:,} bytes")
+            with members.open(member) as file:
+                # with a bound, for without one zipfile unpacks everything before it looks at the size
+                return file.read(LARGEST_MEMBER)
+    except KeyError:
+        raise ValueError(f"the archive has no {name}") from None
+    except DAMAGED_ARCHIVE as error:
+        raise ValueError(f"the archive is damaged: {error}") from None
 
 
 def check_records(path: Path, published: int) -> None:
     """ValueError unless a file holds as many records as the published one."""
-    found = len(read_records(path))
+    found = len(parse_records(path))
     if found != published:
         raise ValueError(f"not the published file: it holds {found:,} records, which should be {published:,}")
 
@@ -296,6 +359,7 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     name, published = FILES[task, split]
     path = assets / name
     if path.exists():
+        sweep(path.parent)
         return path
     if task == "arc":
         download(ARC_ARCHIVE, path, lambda archive: None, offline,
@@ -322,16 +386,37 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
 def read_records(path: Path) -> list:
     """Every record of a .json or .jsonl file. ValueError names the file."""
     try:
-        if path.suffix == ".json":
-            records = json.loads(read_text(path))
-        else:
-            records = [json.loads(line) for _, line in read_lines(path)]
-        if not isinstance(records, list) or not records:
-            raise ValueError("no records")
-        return records
-    except (ValueError, RecursionError) as error:
+        return parse_records(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or cut off ({error}). Delete it, and it is fetched "
                          "again.") from None
+
+
+def parse_records(path: Path) -> list:
+    """The records of a .json file, which holds a list, or of a .jsonl file, which holds one a line."""
+    if path.suffix == ".json":
+        records = parse_json(read_text(path))
+    else:
+        records = []
+        for number, line in read_lines(path):
+            try:
+                records.append(parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise ValueError("no records")
+    return records
+
+
+def parse_json(text: str):
+    """A JSON value. ValueError, in one line, if it is none; its place is told without Python's line number,
+    which would be 1 for every line of a .jsonl file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: too deeply nested") from None
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -368,7 +453,7 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
             example = make_example(task, records[i], tokenizer, order=order, max_prompt=max_prompt,
                                    max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark,
                                    arc_border=arc_border)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: record {i + 1}: {error}") from None
         if example is not None:
             examples.append(example)
@@ -396,38 +481,52 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
     and perhaps id (else the line's number); split, "train" or "validation"; the rest as in make_example.
     Raises: FileNotFoundError without the file; ValueError that names file, line and what is wrong.
     """
-    path = folder / f"{split}.jsonl"
+    path = Path(folder, f"{split}.jsonl")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: write one JSON object a line there, with context, "
                                 "question and answer")
-    tokenizer, examples, places = Tokenizer(), [], {}
-    for number, line in read_lines(path):
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from None
+    tokenizer = Tokenizer()
+    examples, places, short = [], {}, 0
+    for number, line in lines:
         if len(examples) == n:
             break
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict):
                 given = record.get("id", number)
                 record = record | {"id": str(given) if type(given) is int else given}
             example = make_example("own", record, tokenizer, order=order, max_prompt=max_prompt,
                                    max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if example is None:
-            continue    # shorter than min_prompt
+            short += 1
+            continue
         if example.id in places:
             raise ValueError(f"{path}, line {number}: its id {example.id!r} is that of line "
                              f"{places[example.id]}")
         places[example.id] = number
         examples.append(example)
-    least = 1 if split == "train" else 2
+    if short:
+        say(f"note: {short} of the {counted(len(lines), 'question')} in {path} had fewer than min_prompt = "
+            f"{min_prompt} tokens and are left out")
+    least = 1
+    if split == "validation":
+        least = 2    # one difference has no spread
     if len(examples) < least:
-        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used, and "
-                         f"{counted(least, 'question')} are needed")
-    cut = sum(example.cut for example in examples)
+        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used. Write at "
+                         f"least {counted(least, 'question')} there.")
     say(f"{path}: {counted(len(examples), 'question')}")
+    cut = sum(example.cut for example in examples)
     if cut:
-        say(f"note: {cut} of them had more than max_prompt = {max_prompt} tokens and lost their start")
+        lost = "their start"
+        if order == "question_first":
+            lost = "the question, which came first"
+        say(f"note: {cut} of them had more than max_prompt = {max_prompt} tokens and lost {lost}")
     return examples
 
 

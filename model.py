@@ -39,6 +39,7 @@ import functools
 import hashlib
 import math
 import os
+import pickle
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -598,21 +599,25 @@ def read_pt_of_size(path: str | Path) -> tuple[object, str, int]:
 
 
 def fills_memory(file: BinaryIO) -> bool:
-    """Whether a file of torch.save's may unpack to more than its own size."""
+    """Whether torch.load could make more of a file than the file's own size."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if file.read(2) == b"PK":
+    start, pickles = file.read(2), []
+    if start == b"PK":
+        # torch.save stores members as they are. A small file of compressed ones could unpack to gigabytes
         archive = zipfile.ZipFile(file)
-        members = archive.infolist()
-        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if compressed or sum(member.file_size for member in members) > size:
-            return True
-        pickles = [archive.read(member) for member in members if member.filename.endswith(".pkl")]
-    else:    # the format before torch 1.6
+        unpacked = 0
+        for member in archive.infolist():
+            unpacked += member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or unpacked > size:
+                return True
+            if member.filename.lower().endswith(".pkl"):
+                pickles.append(archive.read(member))
+    elif start.startswith(pickle.PROTO):    # as torch.save wrote before version 1.6
         file.seek(0)
-        pickles = [file.read()]
+        pickles.append(file.read())
     # the one call that torch.load allows and that makes something large of a number
-    return any(b"bytearray" in pickle for pickle in pickles)
+    return any(b"bytearray" in content for content in pickles)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
@@ -624,12 +629,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
-            and x.layout == torch.strided and x.device.type == "cpu" for name, x in tensors.items()):
-        raise ValueError(f"{path}: not a state dict of dense float tensors")
-    # with a stride of 0, a few bytes are gigabytes; a head tied to the embedding is in the sum twice
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path}: not a state dict, which is a dict of tensors by name")
+    claimed = 0    # with a stride of 0, a few bytes are gigabytes
+    for name, x in tensors.items():
+        dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.device.type == "cpu"
+        if not dense or not x.is_floating_point():
+            raise ValueError(f"{path}: not a state dict: {name[:80]!r} is no dense float tensor")
+        claimed += x.numel() * x.element_size()
+    if claimed > 2 * size:    # twice: a head that is tied to the embedding is in the file once
         raise ValueError(f"{path}: its tensors are larger than the file")
     return tensors, sha256
 
@@ -651,7 +659,7 @@ def check_kind(path: str | Path, tensors: dict[str, Tensor]) -> None:
     if states and len(states) == len(tensors):
         raise ValueError(f"{path}: trained initial states (time_state), not a model: give the model's .pth")
     if states:
-        raise ValueError(f"{path}: a model with trained initial states ({states[0]}), which this model would "
+        raise ValueError(f"{path}: a model with trained initial states (time_state), which this model would "
                          "have to leave out: give the .pth without them")
 
 
@@ -674,6 +682,6 @@ def write_pt(value: object, path: str | Path) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):    # torch.save puts its own error over it
             raise error.__context__
         if isinstance(error, (OSError, RuntimeError)):    # torch makes a RuntimeError of a full disk
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:80]
             raise OSError(f"{path}: cannot be written ({reason}); what was there before is kept") from error
         raise

@@ -29,7 +29,10 @@ COLOURS = {"no_fs": "tab:gray", "prompt_fs": "tab:orange", "off": "tab:blue"}
 # ---- the numbers -------------------------------------------------------------------------------------------
 
 def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
-    """All numbers of the report on a round's folder, as plain JSON values. Raises as runs.read_round."""
+    """All numbers of the report on a round's folder, as plain JSON values. Raises as runs.read_round.
+
+    Below six seeds interval, p, gain and p_jumped are None.
+    """
     found, notes, damaged = read_round(folder, seeds)
     run = next(iter(found.values())).runs["no_fs"]
     source, recipe = run["source"], recipe_of(run)
@@ -54,20 +57,21 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
         if metric == "acc":
             verdict, low, high = judge(d)
     learned = {arm: np.array([line["acc"][arm] > JUMP for line in per_seed]) for arm in ARMS}
-    share, least, most = chance_to_gain(deltas["acc"])
     # what was registered is the miniature as published, on the seeds that were registered, and nothing else
     registered = (published.primary and source == "standin" and recipe.settings() == published.settings()
-                  and list(found) == sorted(published.registered))
+                  and run["minutes"] is None and sorted(found) == sorted(published.registered))
+    interval = p = gain = p_jumped = None    # below six seeds none of these can tell anything
+    if len(found) >= MIN_SEEDS:
+        interval, gain = [low, high], [float(share) for share in chance_to_gain(deltas["acc"])]
+        p, p_jumped = float(sign_test(deltas["acc"])), float(mcnemar(learned["no_fs"], learned["prompt_fs"]))
     return {
         "round": folder.name, "title": published.title, "task": recipe.task, "source": source,
         "standin": source == "standin", "folder": str(folder), "primary": registered, "seeds": list(found),
         "examples": len(ids), "settings": run["settings"], "notes": notes, "damaged": damaged,
         "labels": labels_of(run, published), "per_seed": per_seed, "over_seeds": over_seeds,
         "verdict": verdict, "median": float(np.median(deltas["acc"])),
-        "interval": [low, high] if len(found) >= MIN_SEEDS else None,
-        "p": float(sign_test(deltas["acc"])), "gain": [float(share), float(least), float(most)],
+        "interval": interval, "p": p, "gain": gain, "p_jumped": p_jumped,
         "jumped": {arm: int(learned[arm].sum()) for arm in ARMS},
-        "p_jumped": float(mcnemar(learned["no_fs"], learned["prompt_fs"])),
         "controls": controls_of(found.values()),
         "log": log_numbers(published) if published.log and source != "own" else None,
     }
@@ -75,8 +79,21 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
 
 def controls_of(seeds) -> dict[str, list[float]]:
     """Accuracy of prompt_fs under each control, by seed."""
-    return {control: [float(np.mean([scores["acc"] for scores in seed.controls[control].values()]))
-                      for seed in seeds] for control in CONTROLS}
+    return {control: [mean_of(seed.controls[control], "acc") for seed in seeds] for control in CONTROLS}
+
+
+def mean_of(scores: dict[str, dict], metric: str) -> float:
+    """The mean of a metric over the examples of one evaluation."""
+    return float(np.mean([of_example[metric] for of_example in scores.values()]))
+
+
+def metrics_shown(source: str, task: str) -> tuple[str, ...]:
+    """The metrics that say something. A stand-in's answers are one token; ARC's F1 is its EM."""
+    if source == "standin":
+        return "acc", "loss"
+    if task == "arc":
+        return "acc", "loss", "EM"
+    return METRICS
 
 
 def labels_of(run: dict, published: Round) -> list[str]:
@@ -89,7 +106,7 @@ def labels_of(run: dict, published: Round) -> list[str]:
     if run["source"] != "standin" and run["base"]["name"] != published.base:
         labels.append(f"ANOTHER BASE, {run['base']['name']}: not comparable with the log")
     if run["minutes"] is not None:
-        labels.append(f"{run['minutes']:g} minutes of training an arm, in place of the round's steps")
+        labels.append(f"each arm was trained for {run['minutes']:g} minutes, in place of the round's steps")
     changed = [f"{key}={settings[key]}" for key, value in published.settings().items()
                if settings[key] != value and not (run["source"] == "own" and key == "min_prompt")]
     if changed:
@@ -99,8 +116,8 @@ def labels_of(run: dict, published: Round) -> list[str]:
         labels.append(f"{cut} had more than {settings['max_prompt']} tokens and lost the question, as in the "
                       "log")
     if settings["task"] == "hotpotqa" and run["source"] != "standin" and not settings["end_mark"]:
-        labels.append("no end mark is trained, as in the log: a model that writes on after its answer scores "
-                      "low in EM (--set end_mark=true trains one)")
+        labels.append("no end mark is trained, as in the log, so a model that writes on after its answer "
+                      "scores low in EM; train.py --set end_mark=true trains one")
     return labels
 
 
@@ -115,22 +132,18 @@ def log_numbers(recipe: Round) -> dict:
 
 # ---- in words ----------------------------------------------------------------------------------------------
 
-def text_of_round(result: dict, p_in_words: str) -> str:
-    """One round's report for a terminal."""
+def text_of_round(result: dict, p_in_words: str | None) -> str:
+    """One round's report for a terminal. p_in_words: of the sign test; None below six seeds."""
     seeds, standin = len(result["seeds"]), result["source"] == "standin"
     length = "" if standin else f", prompts of up to {result['settings']['max_prompt']} tokens"
     lines = [f"{result['round']}: {result['title']}{length}; {counted(seeds, 'seed')} on "
              f"{counted(result['examples'], 'question')}"]
     lines += [*result["labels"], *result["notes"], *result["damaged"]]
     lines.append("metric seed     step    no_fs  prompt_fs        d  95% interval, over questions")
-    shown = METRICS
-    if standin:
-        shown = ("acc", "loss")          # its answers are one token
-    elif result["task"] == "arc":
-        shown = ("acc", "loss", "EM")    # its F1 is its EM
-    for metric in shown:
+    for metric in metrics_shown(result["source"], result["task"]):
         for line in result["per_seed"]:
-            steps, score = "/".join(map(str, dict.fromkeys(line["steps"]))), line[metric]
+            score = line[metric]
+            steps = "/".join(str(step) for step in dict.fromkeys(line["steps"]))    # "10", or "10/13"
             lines.append(f"{metric:<6} {line['seed']:<5} {steps:>7} {score['no_fs']:>8.4f} "
                          f"{score['prompt_fs']:>10.4f}  {score['d']:+.4f}  "
                          f"[{score['low']:+.4f}, {score['high']:+.4f}]")
@@ -139,7 +152,8 @@ def text_of_round(result: dict, p_in_words: str) -> str:
             lines.append(f"{metric:<6} mean {over['mean']:+.4f}, std {over['std']:.4f}, sign(+/0/-) "
                          f"{over['signs']}")
     if seeds >= MIN_SEEDS:
-        (low, high), (share, least, most) = result["interval"], result["gain"]
+        low, high = result["interval"]
+        share, least, most = result["gain"]
         lines += [f"d_acc of the typical seed: median {result['median']:+.4f} [{low:+.4f}, {high:+.4f}]; "
                   f"sign test over seeds {p_in_words}",
                   f"a seed gains with probability {share:.2f} [{least:.2f}, {most:.2f}]",
@@ -153,7 +167,7 @@ def text_of_round(result: dict, p_in_words: str) -> str:
                      f"{seeds}, prompt_fs {jumped['prompt_fs']} of {seeds}{p}")
     for control, values in result["controls"].items():
         numbers = " ".join(f"{value:.4f}" for value in values)
-        lines.append(f"accuracy of prompt_fs, its seed states {CONTROLS[control]}: {numbers}")
+        lines.append(f"accuracy of prompt_fs with its seed states {CONTROLS[control]}: {numbers}")
     if result["log"]:
         where = " (on real records)" if standin else ""
         lines.append(f"the log{where}: {text_of_log(result['log'])}")
@@ -166,11 +180,12 @@ def text_of(results: list[dict]) -> str:
     corrected = iter(holm([result["p"] for result in family]))
     texts = []
     for result in results:
+        words = None
         if result["primary"]:
             words = f"p {result['p']:.2g} (registered)"
         elif len(family) > 1 and result in family:
             words = f"p {next(corrected):.2g} (Holm, {len(family)} rounds)"
-        else:
+        elif result in family:
             words = f"p {result['p']:.2g} (exploratory)"
         texts.append(text_of_round(result, words))
     return "\n".join(texts)
@@ -207,11 +222,12 @@ def explain(result: dict, seed: int, validation: list[Example], folder: Path) ->
     place = result["seeds"].index(seed)
     acc, off = result["per_seed"][place]["acc"], result["controls"]["off"][place]
     settings = result["settings"]
-    written = {}
+    written = {}    # arm -> example id -> the answer that it wrote last
     for arm in ARMS:
-        lines = read_lines(folder / arm / "records.jsonl")[-len(validation):]
-        written[arm] = [json.loads(line)["text"] for _, line in lines]
-    apart = [i for i in range(len(validation)) if written["no_fs"][i] != written["prompt_fs"][i]]
+        records = [json.loads(line) for _, line in read_lines(folder / arm / "records.jsonl")]
+        written[arm] = {record["id"]: record["text"] for record in records}
+    apart = [example for example in validation
+             if written["no_fs"][example.id] != written["prompt_fs"][example.id]]
     guess = chance(result["task"], settings["facts"])
     lines = [f"Seed {seed} in words: {len(validation)} questions on {settings['facts']} facts each. A fact "
              f"picked at random is right {guess:.0%} of the time.",
@@ -227,12 +243,14 @@ def explain(result: dict, seed: int, validation: list[Example], folder: Path) ->
         lines.append("So its answers depend on the seed states.")
     lines.append(f"The arms answer {counted(len(apart), 'question')} differently.")
     if apart:
-        example, no_fs, prompt_fs = (part[apart[0]] for part in (validation, *written.values()))
+        example = apart[0]
         arguments = question_as_arguments(small_tokenizer().decode(example.prompt))
-        lines.append(f"In one of them {example.text} is right, no_fs says {no_fs} and prompt_fs says "
-                     f"{prompt_fs}. Ask either arm yourself:")
+        lines.append(f"In one of them \"{example.text}\" is right. no_fs says "
+                     f"\"{written['no_fs'][example.id]}\", prompt_fs says "
+                     f"\"{written['prompt_fs'][example.id]}\". Ask either arm yourself:")
         for arm in ARMS:
-            lines.append(f"  python eval.py --checkpoint {folder / arm / 'model.pth'} {arguments}")
+            checkpoint = shlex.quote(str(folder / arm / "model.pth"))
+            lines.append(f"  python eval.py --checkpoint {checkpoint} {arguments}")
     lines.append("One seed decides nothing, for another may learn what this one missed. A verdict needs "
                  f"{MIN_SEEDS}: --seeds 0-{MIN_SEEDS - 1}")
     return "\n  ".join(lines)
@@ -271,21 +289,39 @@ def draw_scores(panel, rows: list[Row]) -> None:
 
 
 def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) -> None:
-    """Training loss by step, a thin line a seed, as a mean over `window` steps; dots: validation loss."""
+    """Training loss by step, a thin line a seed, as a mean over `window` steps; dots: validation loss.
+
+    curves: arm -> the lines of metrics.jsonl of every seed.
+    """
+    drawn, usual = [], []    # every loss of the picture; those that decide how high it is
     for arm, seeds in curves.items():
         for number, lines in enumerate(seeds):
-            steps = [line["step"] for line in lines if "train_loss" in line]
-            losses = [line["train_loss"] for line in lines if "train_loss" in line]
-            smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
-            panel.plot(steps, smooth, color=COLOURS[arm], linewidth=0.8, alpha=0.7,
-                       label=None if number else arm)
-            scored = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-            panel.plot(*zip(*scored), "o", color=COLOURS[arm], markersize=3, alpha=0.7)
-    panel.set_xlabel("training steps")
-    panel.set_ylabel("loss in nats (dots: validation)", fontsize=8)
-    panel.set_ylim(bottom=0)
+            training = [line for line in lines if "train_loss" in line]
+            evaluations = [line for line in lines if "loss" in line]
+            losses = [line["train_loss"] for line in training]
+            smooth = [float(np.mean(losses[max(0, i - window + 1):i + 1])) for i in range(len(losses))]
+            validation = [line["loss"] for line in evaluations]
+            panel.plot([line["step"] for line in training], smooth, color=COLOURS[arm], linewidth=0.8,
+                       alpha=0.7, label=None if number else arm)
+            panel.plot([line["step"] for line in evaluations], validation, "o", color=COLOURS[arm],
+                       markersize=3, alpha=0.7)
+            drawn += smooth + validation
+            usual += validation
+            if losses:
+                usual.append(float(np.percentile(losses, 90)))
+    # one step that went wrong must not flatten all the others, and NaN is no height
+    most = 1.5 * max([loss for loss in usual if math.isfinite(loss)], default=1.0)
+    title = f"training loss, mean of {window} steps; dots: validation"
+    top = None
+    if not all(loss <= most for loss in drawn):
+        top, title = most, f"{title}; cut at {most:.2g}"
+    panel.set_ylim(0, top)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel("training steps", fontsize=8)
+    panel.set_ylabel("loss in nats", fontsize=8)
+    panel.tick_params(labelsize=8)
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper right")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -294,6 +330,8 @@ def read_metrics(path: Path) -> list[dict]:
         lines = [json.loads(line) for _, line in read_lines(path)]
         for line in lines:
             check_shape(line, {"step": int, "train_loss" if "train_loss" in line else "loss": float})
+        if not any("loss" in line for line in lines):
+            raise ValueError("it holds no evaluation")
     return lines
 
 
@@ -311,20 +349,25 @@ def plot(folders: list[Path], path: Path, seeds: list[int] | None = None) -> Non
         found, _, _ = read_round(folder, seeds)
         run = next(iter(found.values())).runs["no_fs"]
         standin, settings = run["source"] == "standin", run["settings"]
+        guess = None
+        if standin:
+            guess = chance(settings["task"], settings["facts"])
         rows = []
-        for metric in ("acc",) if standin else ("acc", "EM", "F1"):
-            def means(of_seed):
-                return {seed: float(np.mean([score[metric] for score in of_seed(both).values()]))
-                        for seed, both in found.items()}
-
-            rows.append(Row(metric, means(lambda both: both.evaluations["no_fs"]),
-                            means(lambda both: both.evaluations["prompt_fs"]),
-                            means(lambda both: both.controls["off"]),
-                            chance(settings["task"], settings["facts"]) if standin else None))
+        for metric in metrics_shown(run["source"], settings["task"]):
+            if metric != "loss":    # it has the panel on the right
+                rows.append(Row(
+                    title=metric,
+                    no_fs={seed: mean_of(both.evaluations["no_fs"], metric) for seed, both in found.items()},
+                    prompt_fs={seed: mean_of(both.evaluations["prompt_fs"], metric)
+                               for seed, both in found.items()},
+                    off={seed: mean_of(both.controls["off"], metric) for seed, both in found.items()},
+                    guess=guess,
+                ))
         draw_scores(scores, rows)
         where = {"real": "", "own": ", OWN DATA", "standin": ", ON THE STAND-IN"}[run["source"]]
         scores.set_title(f"{folder.name}{where}, {counted(len(found), 'seed')}", fontsize=10)
         scores.set_xlabel("score at the end, a mark a seed", fontsize=8)
+        scores.tick_params(labelsize=8)
         scores.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
         draw_losses(losses, {arm: [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl")
                                    for seed in found] for arm in ARMS})

@@ -15,13 +15,17 @@ from pathlib import Path
 
 ROUNDS_FILE = Path(__file__).resolve().with_name("rounds.toml")
 ROUND_NAME = "[A-Za-z0-9_-]+"    # it becomes a folder's name
-FILE_NAME = "[A-Za-z0-9_.-]+"
+FILE_NAME = "[A-Za-z0-9_][A-Za-z0-9_.-]*"    # without "..", which is a folder
+LARGEST_INT = 10**18             # of any whole number; torch takes no seed beyond 2**64
+TYPE_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+                 list: "a list"}
 LOG = {"script": str, "summary": str, "d_acc": list, "mean": float, "std": float, "d_loss": float,
        "status": str}
 
 
 def setting(meaning: str, default=dataclasses.MISSING, **bounds):
-    """A field that is a setting. Bounds: least and most that it may be; below, what it is under; choices."""
+    """A field that is a setting. Bounds: least and most that it may be; below, what it is under; multiple_of;
+    choices."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, **bounds})
 
 
@@ -79,7 +83,7 @@ class Round:
     facts_ramp: int = setting("stand-in: steps over which facts then grow to all", 180, least=0)
     rehearsal: float = setting("stand-in: share of batches with the question first, or the base forgets how "
                                "to answer what it could", 0.25, least=0, most=1)
-    channels: int = setting("stand-in: width of its base, a multiple of 16", 48, least=16)
+    channels: int = setting("stand-in: width of its base", 48, least=16, most=4096, multiple_of=16)
 
     # what a round says about itself, and what does not decide a run
     seeds: tuple[int, ...] = (0, 1, 2)       # that it runs by default; a run's seed draws its batches
@@ -113,6 +117,8 @@ def bounds_of(key: str) -> str:
     bounds = SETTINGS[key].metadata
     if "choices" in bounds:
         return "one of " + ", ".join(bounds["choices"])
+    if "multiple_of" in bounds:
+        return f"a multiple of {bounds['multiple_of']} from {bounds['least']} to {bounds['most']}"
     if "most" in bounds:
         return f"{bounds['least']} to {bounds['most']}"
     if "below" in bounds:
@@ -126,16 +132,37 @@ def setting_lines() -> list[str]:
     """Every setting on a line: its default, what it means and what it may be."""
     lines = []
     for key, field in SETTINGS.items():
-        default = "" if field.default is dataclasses.MISSING else field.default
-        bounds = bounds_of(key)
-        may_be = f" ({bounds})" if bounds else ""
-        lines.append(f"{key}={default}".lower().ljust(30) + f" {field.metadata['meaning']}{may_be}")
+        default = ""
+        if field.default is not dataclasses.MISSING:
+            default = str(field.default).lower()    # true and false, as TOML writes them
+        line = f"{key}={default}".ljust(30) + " " + field.metadata["meaning"]
+        if bounds_of(key):
+            line += f" ({bounds_of(key)})"
+        lines.append(line)
     return lines
 
 
 def is_number(value) -> bool:
     """Whether it is a number that fp32 can hold: not NaN, not infinite, no bool."""
     return type(value) in (int, float) and abs(value) < 1e38
+
+
+def shown(value) -> str:
+    """A wrong value as a message shows it."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:    # Python does not write out whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def of_type(kind: type, key: str, value, where: str):
+    """The value, which must be of this type, and a number one that fp32 can hold; ValueError otherwise."""
+    fits = type(value) is kind
+    if kind is float:
+        fits = is_number(value)
+    if not fits:
+        raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
+    return value
 
 
 def checked(key: str, value, where: str):
@@ -145,20 +172,21 @@ def checked(key: str, value, where: str):
     if key not in SETTINGS:
         raise ValueError(f"{where}: no setting is called {key!r}; the settings are {', '.join(SETTINGS)}")
     kind, bounds = SETTINGS[key].type, SETTINGS[key].metadata
-    if kind is float and is_number(value):
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r:.80}")
+    value = kind(of_type(kind, key, value, where))    # 1 is 1.0 where a float is meant
+    if kind is int and value >= LARGEST_INT:
+        raise ValueError(f"{where}: {key} must be less than {LARGEST_INT:,}, not {shown(value)}")
     if kind in (int, float):
-        outside = not bounds.get("least", -math.inf) <= value <= bounds.get("most", 1e38)
+        outside = not bounds.get("least", -math.inf) <= value <= bounds.get("most", math.inf)
         outside = outside or value >= bounds.get("below", math.inf)
+        if "multiple_of" in bounds:
+            outside = outside or value % bounds["multiple_of"] != 0
     else:
         outside = value not in bounds.get("choices", [value])
     if outside:
-        raise ValueError(f"{where}: {key} must be {bounds_of(key)}, not {value!r}")
+        raise ValueError(f"{where}: {key} must be {bounds_of(key)}, not {shown(value)}")
     if key == "base" and not re.fullmatch(FILE_NAME, value):
-        raise ValueError(f"{where}: base must be the name of a published file, not {value!r}; --base takes a "
-                         "path")
+        raise ValueError(f"{where}: base must be the name of a published file, not {shown(value)}; --base "
+                         "takes a path")
     return value
 
 
@@ -181,8 +209,8 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
     line that names file, round and key, for a wrong file.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     tasks = SETTINGS["task"].metadata["choices"]
     standin = table_of(tables.pop("standin", {}), f"{path}, [standin]")
@@ -193,9 +221,10 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
     overlay = {key: checked(key, value, f"{path}, [standin]") for key, value in standin.items()}
     rounds, miniatures = {}, {}
     for name, table in tables.items():
-        where = f"{path}, [{name}]"
         if not re.fullmatch(ROUND_NAME, name):
-            raise ValueError(f"{where}: a round's name may hold letters, digits, _ and - alone")
+            raise ValueError(f"{path}: a round's name may hold letters, digits, _ and - alone, and not "
+                             f"{shown(name)}")
+        where = f"{path}, [{name}]"
         rounds[name] = read_round_table(name, table_of(table, where), rounds, where)
         small = overlay | overlays[rounds[name].task]
         miniatures[name] = dataclasses.replace(rounds[name], **small)
@@ -206,7 +235,7 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
 
 def table_of(value, where: str) -> dict:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: must be a table, not {value!r:.40}")
+        raise ValueError(f"{where}: must be a table, not {shown(value)}")
     return dict(value)
 
 
@@ -214,20 +243,17 @@ def read_round_table(name: str, table: dict, above: dict[str, Round], where: str
     """One round from its table in the file. `above`: the rounds that stand above it."""
     own = {"name": name, **NOT_INHERITED}
     parent = table.pop("inherits", None)
-    if parent is not None and parent not in list(above):
-        raise ValueError(f"{where}: inherits = {parent!r}: no round above has this name")
+    if parent is not None and (type(parent) is not str or parent not in above):
+        raise ValueError(f"{where}: inherits = {shown(parent)}: no round above has this name")
     for key, value in table.items():
         if key == "log":
-            own["log"] = checked_log(value, f"{where[:-1]}.log]")
+            own["log"] = checked_log(value, f"{where}, log")
         elif key in ("seeds", "registered"):
-            if type(value) is not list or not all(type(seed) is int and seed >= 0 for seed in value):
-                raise ValueError(f"{where}: {key} must be a list of whole numbers, not {value!r:.80}")
-            own[key] = tuple(value)
-        elif key in ("title", "primary"):
-            kind = str if key == "title" else bool
-            if type(value) is not kind:
-                raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {value!r:.80}")
-            own[key] = value
+            own[key] = checked_seeds(key, value, where)
+        elif key == "title":
+            own["title"] = of_type(str, key, value, where)
+        elif key == "primary":
+            own["primary"] = of_type(bool, key, value, where)
         else:
             own[key] = checked(key, value, where)
     if parent is not None:
@@ -238,22 +264,32 @@ def read_round_table(name: str, table: dict, above: dict[str, Round], where: str
     return Round(**own)
 
 
+def checked_seeds(key: str, value, where: str) -> tuple[int, ...]:
+    """Seeds as rounds.toml lists them: whole numbers, each once."""
+    seeds = of_type(list, key, value, where)
+    if not all(type(seed) is int and 0 <= seed < LARGEST_INT for seed in seeds):
+        raise ValueError(f"{where}: {key} must be a list of whole numbers from 0 on, not {shown(value)}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}: {key} names a seed twice: {shown(value)}")
+    if key == "seeds" and not seeds:
+        raise ValueError(f"{where}: seeds must name a seed; leave the line out for those of the default")
+    return tuple(seeds)
+
+
 def checked_log(table, where: str) -> dict:
     """What the log measured, checked: every key of LOG, each of its type."""
     table = table_of(table, where)
     for key, kind in LOG.items():
         if key not in table:
             raise ValueError(f"{where}: {key} is missing")
-        fits = is_number(table[key]) if kind is float else type(table[key]) is kind
-        if not fits:
-            raise ValueError(f"{where}: {key} must be of type {kind.__name__}, not {table[key]!r:.80}")
-    unknown = sorted(table.keys() - LOG.keys())
-    if unknown:
-        raise ValueError(f"{where}: {unknown[0]} is not among {', '.join(LOG)}")
+        of_type(kind, key, table[key], where)
+    for key in table:
+        if key not in LOG:
+            raise ValueError(f"{where}: {shown(key)} is not among {', '.join(LOG)}")
     if not table["d_acc"] or not all(is_number(delta) for delta in table["d_acc"]):
-        raise ValueError(f"{where}: d_acc must be numbers, one a seed, not {table['d_acc']!r:.80}")
+        raise ValueError(f"{where}: d_acc must be numbers, one a seed, not {shown(table['d_acc'])}")
     if not re.fullmatch(FILE_NAME, table["summary"]):
-        raise ValueError(f"{where}: summary must be a file's name, not {table['summary']!r:.80}")
+        raise ValueError(f"{where}: summary must be a file's name, not {shown(table['summary'])}")
     return table
 
 
@@ -293,7 +329,7 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
             raise ValueError(f"--set {pair}: write key=value, as in --set steps=20 lr=1e-5")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):    # no TOML: a word without quotes, for one
             value = text
         changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)

@@ -51,8 +51,8 @@ from typing import Iterator, NamedTuple
 import torch
 
 import standin
-from data import (Example, batches, collate, download, fingerprint, load_examples, load_own_examples,
-                  loses_question)
+from data import (Example, batches, collate, download, fingerprint, load_examples,
+                  load_own_examples, loses_question)
 from eval import answer_budget, means_of, score
 from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
@@ -213,7 +213,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone, and learning rates of their own for Future-Seed's parameters."""
+    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -372,13 +372,9 @@ class Arm:
 
     def take_over(self, saved: dict) -> None:
         """Load a checkpoint's contents. An error of any type where they do not fit this arm."""
-        losses = [line for line in saved["metrics"] if "train_loss" in line]
-        check_shape(losses, [{"train_loss": float}], "metrics")
-        steps = [line["step"] for line in losses]
-        if len(steps) != saved["step"] or steps != list(range(1, len(steps) + 1)):
-            raise ValueError("its step and its metrics do not belong together")
         if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
             raise ValueError("history or seconds has a value that cannot be")
+        self.check_progress(saved["step"], saved["metrics"], saved["records"])
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
             self.fs.load_state_dict(saved["fs"])
@@ -390,8 +386,22 @@ class Arm:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
 
+    def check_progress(self, step: int, metrics: list[dict], records: list[dict]) -> None:
+        """ValueError unless there is a loss for every step, and a record an example for every evaluation."""
+        losses = [line for line in metrics if "train_loss" in line]
+        check_shape(losses, [{"train_loss": float}], "metrics")
+        trained = [line["step"] for line in losses]
+        evaluated = [line["step"] for line in metrics if "train_loss" not in line]
+        due = list(range(0, len(trained), self.recipe.eval_every))
+        ids = [example.id for example in self.experiment.material.validation]
+        scored = [(place, id) for place in evaluated for id in ids]
+        if (len(trained) != step or trained != list(range(1, len(trained) + 1))
+                or evaluated not in (due, due + [step])    # the last one is made after a save
+                or [(line["step"], line["id"]) for line in records] != scored):
+            raise ValueError("its step, its metrics and its records do not belong together")
+
     def check_moments(self, step: int) -> None:
-        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        """An error of any type unless the optimizer has moments of `step` steps for all that is trained."""
         parameters = list(self.model.parameters())
         if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
             parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
@@ -457,7 +467,9 @@ def train_arm(arm: Arm, interrupt: Interrupt) -> None:
         arm.save()
     interrupt.stop_if_requested()
     arm.score_controls()
-    arm.finish()
+    with interrupt.waiting(True):    # seconds, after which nothing is left half done
+        arm.finish()
+    interrupt.stop_if_requested()
 
 
 # ---- both arms of a seed -----------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def wkv(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The operator in its fastest form for these inputs. Shapes and dtypes are those of wkv_reference.
 
     log_w must be in (-0.6066, 0]; for any other decay use wkv_reference. Raises ValueError as wkv_reference
-    does, and on a CPU also where log_w is out of this range or NaN. Nothing looks at log_w where a look would
-    cost something: up to 3 tokens, which are right with any decay, and on a GPU, which a look would wait for
-    and where a log_w out of range gives wrong numbers.
+    does, and on a CPU also where log_w is out of this range; a NaN passes, and gives NaN. Nothing looks at
+    log_w where a look would cost something: up to 3 tokens, which are right with any decay, and on a GPU,
+    which a look would wait for and where a log_w out of range gives wrong numbers.
     """
     if _kernels_for(v) is None:
         return wkv_chunked(r, log_w, k, v, a, b, state)
@@ -135,10 +135,10 @@ def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
 
 
 def _check_decay(log_w: Tensor) -> None:
-    """Raises ValueError where log_w is out of (-0.6066, 0] or NaN: quotients of decays could overflow."""
+    """Raises ValueError where log_w is out of (-0.6066, 0]: quotients of decays could overflow. NaN stays."""
     low, high = log_w.detach().aminmax()
     low, high = low.item(), high.item()
-    if not (LOWEST_LOG_W <= low and high <= 0):  # a NaN is in no range
+    if low < LOWEST_LOG_W or high > 0:
         raise ValueError(f"wkv: log_w must be in ({LOWEST_LOG_W}, 0], as RWKV-7 makes it, but reaches from "
                          f"{low:.6g} to {high:.6g}; wkv_reference takes any log_w")
 

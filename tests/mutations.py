@@ -1,12 +1,12 @@
 """Would the tests notice? Small faults are planted in copies of the code, and the tests have to catch each.
 
-    python tests/mutations.py                  prints a Markdown table of all faults; several minutes on one core
+    python tests/mutations.py                  prints a Markdown table of all faults, in minutes on one core
     python tests/mutations.py mask decay       of the faults whose words contain "mask" or "decay"
-    python tests/mutations.py --all            names every test that fails, not the first alone; this takes longer
+    python tests/mutations.py --all            names every test that fails, not only the first; takes longer
 
-A fault is a piece of text that occurs exactly once in a file, what is written in its place, and the test files
-that have to notice. The code as it is must pass them, so that is tried first. The command ends with 1 if a fault
-goes unnoticed, and with 2 if a fault no longer fits the code or the tests do not run.
+A fault is a piece of text that occurs exactly once in a file, what is written in its place, and the test
+files that have to notice. These must pass on the code as it is, so that is tried first. The command ends with
+1 if a fault goes unnoticed, and with 2 if a fault no longer fits the code or the tests do not run.
 
 To add a fault, add a row to FAULTS. pytest does not collect this file.
 """
@@ -44,6 +44,8 @@ class Fault(NamedTuple):
 
 
 LAWS = ("test_operator_laws.py",)
+MODEL = ("test_model.py",)
+FUTURE_SEED = ("test_fs.py",)
 
 FAULTS = [
     # ---- the operator ----
@@ -58,7 +60,8 @@ FAULTS = [
           "db, dk = dkeys.unflatten(1, (2, L)).div_(P[:, None]).unbind(1)",
           "db, dk = dkeys.unflatten(1, (2, L)).div_(P[:, None]).unbind(1)\n    db = db / 2", LAWS),
     Fault("chunked: the gradient of the state is not handed back from span to span", "wkv.py",
-          "*parts, dS = _backward(chunks, spans[i], dy, dS)", "*parts, _ = _backward(chunks, spans[i], dy, dS)",
+          "*parts, dS = _backward(chunks, spans[i], dy, dS)",
+          "*parts, _ = _backward(chunks, spans[i], dy, dS)",
           (*LAWS, "test_wkv.py")),
     Fault("token kernel: a and b swapped", "wkv_kernel.cu",
           "a[i] = load_one(a_ + at);\n        b[i] = load_one(b_ + at);",
@@ -68,6 +71,52 @@ FAULTS = [
           (*LAWS, "test_wkv_kernel.py")),
     Fault("chunked kernel: a mask that is off by one", "wkv_kernel.cu",
           "if (column_of(i) + strict > row_of(i))", "if (column_of(i) > row_of(i))", LAWS),
+
+    # ---- the model ----
+    Fault("the first answer token's neighbour is padding", "model.py",
+          "extended[:, columns.T] = last", "pass", MODEL),
+    Fault("the decay of padding is not masked", "model.py",
+          "log_w = log_w.masked_fill(columns.padding, 0)", "pass", MODEL),
+    Fault("a padding mask that is off by one", "model.py",
+          "(column >= lengths.view(B, 1, 1))", "(column > lengths.view(B, 1, 1))", MODEL),
+    Fault("one padded row is read through its padding", "model.py",
+          'if lengths is not None and lengths.device.type == "cpu" and (lengths == T).all():',
+          "if lengths is not None and len(lengths) == 1:", FUTURE_SEED),
+    Fault("the value residual the other way round", "model.py",
+          "v = v + (v_first - v) * torch.sigmoid", "v = v_first + (v - v_first) * torch.sigmoid", MODEL),
+    Fault("the answer leaves a trace in the state", "model.py",
+          "y_answer, _ = wkv(*answer, state)", "y_answer, state = wkv(*answer, state)", FUTURE_SEED),
+    Fault("a state that holds the whole prompt", "model.py",
+          "last = extended[:, columns.T].clone()", "last = extended[:, columns.T]", MODEL),
+    Fault("a checkpoint that is renamed before it is on the disk", "model.py",
+          "os.fsync(handle)", "pass", ("test_checkpoint.py",)),
+
+    # ---- Future-Seed ----
+    Fault("detach is dropped", "fs.py", "base = base.detach()", "pass", FUTURE_SEED),
+    Fault("the clip comes before the gate", "fs.py",
+          """        seed_state = self.gate_of(layer, x_last) * base
+        if self.clip > 0:
+            seed_state = seed_state.clamp(-self.clip, self.clip)
+""", """        if self.clip > 0:
+            base = base.clamp(-self.clip, self.clip)
+        seed_state = self.gate_of(layer, x_last) * base
+""", FUTURE_SEED),
+    Fault("one norm for all heads", "fs.py",
+          "mean(dim=(-2, -1), keepdim=True)", "mean(dim=(-3, -2, -1), keepdim=True)", FUTURE_SEED),
+    Fault("the first seeded layer off by one", "fs.py",
+          "if layer < self.layer_start:", "if layer < self.layer_start - 1:", FUTURE_SEED),
+    Fault("the seed state comes from the wrong layer", "model.py",
+          "seed_state(layer, new_state[-1].wkv, x_last)", "seed_state(layer, new_state[0].wkv, x_last)",
+          FUTURE_SEED),
+    Fault("answers start from the seed state", "model.py",
+          "y_answer, _ = wkv(*answer, state)", "y_answer, _ = wkv(*answer, before.wkv)", FUTURE_SEED),
+    Fault("a key at a padded position is not masked", "model.py",
+          "            k = k.masked_fill(columns.padding, 0)\n", "", MODEL),
+    Fault("the token shift is handed on from the token before the last", "model.py",
+          "last = extended[columns.rows, columns.lengths]",
+          "last = extended[columns.rows, columns.lengths - 1]", MODEL),
+    Fault("the input gate looks at the last column, which may be padding", "model.py",
+          "x_last = x[columns.rows, columns.lengths - 1]", "x_last = x[:, columns.T - 1]", FUTURE_SEED),
 
     # ---- statistics ----
     Fault("the rank of the median's interval off by one", "stats.py",
@@ -95,7 +144,7 @@ def main(argv=None):
     if options.words:
         faults = [fault for fault in FAULTS if any(word in fault.what for word in options.words)]
     if not faults:
-        print(f"error: no fault contains any of {options.words}; mutations.py has them in FAULTS", file=sys.stderr)
+        print(f"error: no fault contains any of {options.words}; mutations.py lists them", file=sys.stderr)
         return 2
     try:
         return table(faults, stop_at_first=not options.all)
@@ -129,7 +178,7 @@ def table(faults, stop_at_first):
 
 
 def copy_of_the_code(folder):
-    """The files that git knows or would add, as they are now, with ../shared beside them where there is one."""
+    """A copy of the files that git knows or would add, as they are now, with ../shared where there is one."""
     code = Path(folder, "code")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -170,7 +219,8 @@ def failing_tests(code, test_files, stop_at_first):
     except subprocess.TimeoutExpired:
         return ["it hangs"]
     if ran.returncode not in (0, 1):
-        raise ValueError(f"pytest does not run {', '.join(test_files)}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        said = (ran.stdout + ran.stderr)[-2000:]
+        raise ValueError(f"pytest does not run {', '.join(test_files)}: {said}")
     return re.findall(r"^(?:FAILED|ERROR) tests/(\S+::\w+(?:\[.*?\])?)", ran.stdout, re.MULTILINE)
 
 

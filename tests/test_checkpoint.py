@@ -233,7 +233,8 @@ SAFETENSORS = struct.pack("<Q", 32) + b'{"emb.weight":{"dtype":"F32","shape":[11
     (b"GGUF\x03", "a GGUF file"), (SAFETENSORS + bytes(352), "a safetensors file"),
     (b"PK\x03\x04", "damaged"), (b"\x80\x02", "damaged"),
     ([], "state dict"), (torch.zeros(2), "state dict"), (None, "state dict"), ({"a": 1}, "state dict"),
-    ({1: torch.zeros(2)}, "state dict"), ({"model": {"emb.weight": 5}}, "state dict"),
+    ({1: torch.zeros(2)}, "state dict"), ({"a\nb": 1}, "'a\\nb' is no dense float tensor"),
+    ({"model": {"emb.weight": 5}}, "state dict"),
     ({}, "no emb.weight"), ({"a": torch.zeros(2)}, "no emb.weight"),
     ({"emb.weight": torch.zeros(2)}, "values"),
     ({"x": torch.zeros(2), "model.layers.0.attn.x_r": torch.zeros(2)}, "Hugging Face"),
@@ -242,7 +243,7 @@ SAFETENSORS = struct.pack("<Q", 32) + b'{"emb.weight":{"dtype":"F32","shape":[11
     ({"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.time_maa_x": torch.zeros(2)}, "RWKV-6"),
     ({"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.time_mix_k": torch.zeros(2)}, "RWKV-4 or 5"),
     (STATES, "trained initial states (time_state), not a model"),
-    (tiny_weights() | STATES, "a model with trained initial states (blocks.0.att.time_state)"),
+    (tiny_weights() | STATES, "a model with trained initial states (time_state)"),
     (tiny_weights() | {"blocks.0.ffn.s_emb.weight": torch.zeros(11, 8)}, "DeepEmbed"),
 ], ids=lambda value: repr(value)[:40])
 def test_file_of_another_kind_is_named_as_what_it_is(tmp_path, content, words):
@@ -301,7 +302,8 @@ def peak_memory(reset=True) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-@pytest.mark.parametrize("bomb", ["deflated", "overlapping", "bytearray", "bytearray before 1.6"])
+@pytest.mark.parametrize("bomb", ["deflated", "hardly deflated", "overlapping", "bytearray",
+                                  "bytearray before 1.6"])
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, bomb):
     """Memory stays near the size of the file (told by Linux's /proc).
 
@@ -310,11 +312,14 @@ def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, bomb):
     """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc to tell the memory that a process has used")
-    large = saved(tmp_path / "large.pth", {"a": torch.zeros(100_000_000)})
+    large = saved(tmp_path / "large.pth", {"a": torch.zeros(25_000_000)})
     path = tmp_path / "bomb.pth"
     if bomb == "deflated":
         rewritten(large, path, lambda content: content, zipfile.ZIP_DEFLATED)
         assert path.stat().st_size < 1_000_000
+    elif bomb == "hardly deflated":    # its table of contents may lie
+        rewritten(saved(tmp_path / "small.pth", tiny_weights()), path, lambda content: content,
+                  zipfile.ZIP_DEFLATED)
     elif bomb == "overlapping":    # the table of contents lists the same large member again and again
         with zipfile.ZipFile(large, "a") as archive:
             member = next(member for member in archive.infolist() if member.filename.endswith("data/0"))
@@ -322,15 +327,15 @@ def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, bomb):
             archive._didModify = True
         path = large
     elif bomb == "bytearray":
-        call = Call(bytearray, 400_000_000)
+        call = Call(bytearray, 100_000_000)
         rewritten(saved(tmp_path / "small.pth", {}), path, lambda content: pickle.dumps(call, protocol=2))
     else:
-        torch.save({"a": Call(bytearray, 400_000_000)}, path, _use_new_zipfile_serialization=False)
+        torch.save({"a": Call(bytearray, 100_000_000)}, path, _use_new_zipfile_serialization=False)
     before = peak_memory()
     assert "made to fill the memory" in load_error(path)
     with pytest.raises(ValueError):
         read_pt(path)
-    assert peak_memory(reset=False) - before < 200e6
+    assert peak_memory(reset=False) - before < 50e6
 
 
 @pytest.mark.filterwarnings("ignore")

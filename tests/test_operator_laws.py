@@ -17,10 +17,15 @@ Letters, with the names of the paper (Peng et al. 2025, "RWKV-7 Goose", arXiv:25
     v   value
     a   minus the removal key, which is a unit vector: the address whose content is to be replaced
     b   the removal key times a gate in (0, 1). As b points against a, (2) takes away from the memory what it
-        held under that address, all of it where the gate is 1: the delta rule
+        held under that address, all of it where the gate is 1: the delta rule. (The paper gives the letter a
+        to the gate, and writes the removal key as kappa.)
     u   what the memory held under a
     y   output
     B   batch rows, T tokens, H heads, N head size: r, log_w, k, v, a, b and y are (B, T, H, N)
+
+The operator is the function f that takes all tokens and an initial state through this,
+
+    (y, S_T) = f(r, log_w, k, v, a, b, S_0)
 
 Six laws follow from (1) to (3): recurrence, causality, padding, splitting, linearity, gradients. A section
 below states each of them in a sentence and an equation. Four forms of the operator have to obey them:
@@ -30,7 +35,8 @@ below states each of them in a sentence and an equation. Four forms of the opera
     token kernel     wkv_kernel.cu: the equations in CUDA, one token at a time; it has no backward
     chunked kernel   wkv_kernel.cu: chunks of 16 tokens on the tensor cores
 
-The kernels run on the CPU here, which takes g++ (kernel_on_cpu.py). Where there is a GPU they run on it too.
+The kernels run on the CPU here, which takes g++ (kernel_on_cpu.py). On a GPU, test_gpu.py holds them to the
+same laws.
 """
 
 import math
@@ -44,7 +50,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_on_cpu import CHUNK, build, needs_compiler
-from wkv import wkv_chunked, wkv_cuda, wkv_reference
+from wkv import wkv_chunked, wkv_reference
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 RESULTS = ("y", "final state", *(f"gradient of {name}" for name in NAMES))
@@ -85,66 +91,48 @@ def chunked_kernel(*tensors):
     return ChunkedKernel.apply(*tensors)
 
 
-def token_kernel_on_gpu(*tensors):
-    y, final = wkv_cuda(*(x.cuda() for x in tensors))  # in fp32, with no gradient asked for
-    return y.cpu(), final.cpu()
-
-
-def chunked_kernel_on_gpu(*tensors):
-    # as in training: where no gradient is asked for, wkv_cuda gives a single token to the token kernel
-    y, final = wkv_cuda(*(x.cuda().requires_grad_() for x in tensors))
-    return y.cpu(), final.cpu()
-
-
 class Form(NamedTuple):
     """A form of the operator, and what it promises."""
 
     name: str
     operator: Callable  # (r, log_w, k, v, a, b, state) -> (y, final state)
     dtype: torch.dtype  # of r, k, v, a, b and y
-    # the largest errors, in relative L2 against the equations in fp64
-    y: float
-    state: float
+    y: float  # the largest errors of y, the final state and the gradients, in relative L2, against the
+    state: float  # equations in fp64
     gradients: float | None  # None: it has no backward
-    # cutting or padding the tokens at multiples of so many changes no bit; None promises nothing
-    exact_at: int | None
-    # how many times as large an error may be where keys repeat, by the names in `cases`
-    where_keys_repeat: dict[str, float] = {}
-    head_sizes: tuple[int, int] = (16, 64)
+    exact_at: int | None  # cutting or padding at multiples of so many tokens changes no bit; None: it may
+    where_keys_repeat: dict[str, float] = {}  # errors may be so many times as large, by the keys of a case
+    head_sizes: tuple[int, int] = (16, 64)  # what the laws try, a narrow head and a wide one
 
 
-# A token that removes what an earlier one wrote leaves the difference of two large terms. That is twice as
-# hard where each of the tokens removes just what the last one wrote: of a whole chunk one term remains
+# where a token removes what an earlier one wrote, the difference of two large terms remains; and where every
+# token removes just what the last one wrote, all terms of a chunk cancel but one
 BF16_FACTORS = {"two": 1.2, "one, overwritten": 2.5}
 
 FORMS = [
-    # nothing but the rounding of fp64, 1e-16 a number. A chunk adds up terms that the recurrence never forms
+    # fp64 rounds a number by up to 1e-16. A chunk also adds up terms that the recurrence never forms
     Form("recurrence, fp64", wkv_reference, FP64, 2e-15, 2e-15, 5e-15, exact_at=1, head_sizes=(8, 64)),
     Form("chunked, fp64", wkv_chunked, FP64, 1e-14, 1e-14, 5e-14, exact_at=None, head_sizes=(8, 64)),
-    # the same with the rounding of fp32, 6e-8 a number
+    # fp32 rounds a number by up to 6e-8
     Form("recurrence, fp32", wkv_reference, FP32, 1e-6, 1e-6, 2e-6, exact_at=1, head_sizes=(8, 64)),
     Form("chunked, fp32", wkv_chunked, FP32, 5e-6, 5e-6, 1e-5, exact_at=None, head_sizes=(8, 64)),
     Form("token kernel, fp32", token_kernel, FP32, 1e-6, 1e-6, None, exact_at=1),
-    # bf16 goes in and comes out, and all between is fp32: y is rounded once, by up to 2^-9 < 2e-3 of a number
+    # bf16 goes in and comes out, and all between is fp32. So y is rounded once, by up to 2^-9, below 2e-3
     Form("token kernel, bf16", token_kernel, BF16, 2e-3, 1e-6, None, exact_at=1),
     # tensor cores take factors in bf16, each rounded by up to 2^-9. A few such roundings follow each other on
     # the way to y and to the state, and about twice as many on the way to a gradient
     Form("chunked kernel, bf16", chunked_kernel, BF16, 5e-3, 5e-3, 1e-2, CHUNK, BF16_FACTORS),
 ]
-if torch.cuda.is_available():
-    FORMS += [
-        Form("token kernel on the GPU, fp32", token_kernel_on_gpu, FP32, 1e-5, 1e-5, None, exact_at=1),
-        Form("chunked kernel on the GPU, bf16", chunked_kernel_on_gpu, BF16, 5e-3, 5e-3, 1e-2, CHUNK,
-             BF16_FACTORS),
-    ]
 
 
 def each_of(forms):
-    """Runs a test once a form; it skips where a kernel on the CPU lacks its compiler."""
+    """Runs a test once for each form. Kernels are skipped where there is no compiler to build them."""
     parameters = []
     for form in forms:
-        on_cpu = form.operator in (token_kernel, chunked_kernel)
-        parameters.append(pytest.param(form, id=form.name, marks=[needs_compiler] if on_cpu else []))
+        marks = []
+        if "kernel" in form.name:
+            marks.append(needs_compiler)
+        parameters.append(pytest.param(form, id=form.name, marks=marks))
     return pytest.mark.parametrize("form", parameters)
 
 
@@ -156,10 +144,12 @@ every_form_with_a_backward = each_of([form for form in FORMS if form.gradients])
 
 
 def equations(r, log_w, k, v, a, b, state):
-    """(1) to (3) as they stand: the truth, when it is computed in fp64. In einsum's subscripts, v and k are
-    the axes of the values and the keys.
+    """Equations (1) to (3) as they stand. In fp64 they are the truth that every form is held against.
+
+    In the subscripts, b is the batch row, h the head, and v and k are the axes of values and of keys.
     """
-    S, y = state, []
+    S = state
+    y = []
     for t in range(r.shape[1]):
         u = torch.einsum("bhvk, bhk -> bhv", S, a[:, t])
         S = torch.einsum("bhvk, bhk -> bhvk", S, log_w[:, t].exp())
@@ -170,7 +160,7 @@ def equations(r, log_w, k, v, a, b, state):
 
 
 def cases(shortest=1):
-    """What hypothesis draws, in a few words and numbers, and `make` turns into tensors."""
+    """A case is drawn by hypothesis, as a few words and numbers, and `make` turns it into tensors."""
     return st.fixed_dictionaries({
         "seed": st.integers(0, 2**31),
         "B": st.integers(1, 2),
@@ -219,10 +209,11 @@ def make(form, seed, B, T, wide, decay, keys, memory):
 
 
 def typed(form, tensors):
-    """The seven tensors in the dtypes that the form takes: log_w and the state come in no less than fp32."""
-    at_least_fp32 = FP32 if form.dtype == BF16 else form.dtype
-    return [x.to(at_least_fp32 if name in ("log_w", "state") else form.dtype)
-            for name, x in zip(NAMES, tensors)]
+    """The seven tensors in the dtypes that the form takes: log_w and the state are never less than fp32."""
+    precise = torch.promote_types(form.dtype, FP32)
+    r, log_w, k, v, a, b, state = tensors
+    r, k, v, a, b = (x.to(form.dtype) for x in (r, k, v, a, b))
+    return [r, log_w.to(precise), k, v, a, b, state.to(precise)]
 
 
 def weights_of(outputs):
@@ -245,7 +236,7 @@ def truth_of(tensors, gradients=False):
 
 
 def check(form, keys, results, truths):
-    """The results keep the form's promise."""
+    """Fails unless the results keep the form's promise."""
     promises = (form.y, form.state, *[form.gradients] * len(NAMES))
     factor = form.where_keys_repeat.get(keys, 1.0)
     for name, result, truth, promise in zip(RESULTS, results, truths, promises):
@@ -254,8 +245,8 @@ def check(form, keys, results, truths):
 
 
 def error_of(result, truth):
-    """The error in relative L2. A truth may be 0: one token on an empty memory makes no use of log_w. So where
-    its numbers are below 0.1 (root mean square), the error is relative to 0.1 a number.
+    """The relative error in L2. Where the truth's numbers are below 0.1 (root mean square), the error is
+    relative to 0.1 a number: the gradient of log_w, for one, is 0 for a single token on an empty memory.
     """
     truth = truth.double()
     size = max(truth.norm(), 0.1 * math.sqrt(truth.numel()))
@@ -271,9 +262,11 @@ def same_bits(results, others):
 
 @every_form
 def test_four_tokens_by_hand(form):
-    """A memory of two keys, in four tokens that can be followed on paper. Catches a state transposed, a read
-    with r before the token has written, a decay that fades rows or comes after the writing, an a that reads
-    the new state, and an exchange of a and b: whatever a form and `equations` could get wrong alike.
+    """Four tokens on a memory of two keys, which can be followed on paper, give the numbers on the paper.
+
+    Catches: a state transposed, a read with r before the token has written, a decay that fades rows or comes
+    after the writing, an a that reads the new state, and an exchange of a and b. A form and `equations` could
+    get these wrong alike.
     """
     none = (0, 0)
     log_w = [none, none, none, (math.log(0.75), math.log(0.875))]
@@ -315,9 +308,9 @@ def test_four_tokens_by_hand(form):
 @few(25)
 @given(case=cases())
 def test_recurrence(form, case):
-    """(y, final state) = equations(r, log_w, k, v, a, b, state), for any length, decay, keys and memory.
+    """f(r, log_w, k, v, a, b, S_0) = (y, S_T) of the equations, for any length, decay, keys and memory.
 
-    Catches a wrong term, index or tail, rows or heads mixed up, digits lost where keys come again.
+    Catches: a wrong term, index or tail, rows or heads mixed up, digits lost where keys come again.
     """
     tensors = make(form, **case)
     check(form, case["keys"], form.operator(*tensors), truth_of(tensors))
@@ -330,10 +323,10 @@ def test_recurrence(form, case):
 @few(15)
 @given(case=cases(shortest=2), where=st.integers(0, 50))
 def test_causality(form, case, where):
-    """y_s = f(tokens 1 .. s): other tokens from t on leave y_1 .. y_{t-1} as they are, to the last bit. What
-    is masked is exactly zero, and adding zeros rounds nothing.
+    """y_s depends on S_0 and the tokens 1 .. s alone. Other tokens from t on leave y_1 .. y_{t-1} as they
+    are, to the last bit: what is masked is exactly zero, and adding a zero rounds nothing.
 
-    Catches a mask that is off by one, and a scale or a largest number taken over a whole chunk.
+    Catches: a mask that is off by one, and a scale or a largest number taken over a whole chunk.
     """
     t = 1 + where % (case["T"] - 1)
     tensors = make(form, **case)
@@ -355,7 +348,7 @@ def test_padding(form, case, padding, at_the_end):
     """log_w = k = v = a = b = 0 makes (2) say S_t = S_{t-1}. So such positions, wherever they stand and with
     any r, leave the tokens' y, the final state and all gradients as they are.
 
-    Catches a decay at a padded position, a tail that is not masked, a gradient that a padded position keeps.
+    Catches: a decay at a padded position, a tail that is not masked, a gradient that a padded position keeps.
     """
     tensors = make(form, **case)
     B, T, H, N = tensors[0].shape
@@ -384,7 +377,7 @@ def test_padding(form, case, padding, at_the_end):
 def test_padding_alone(form, case):
     """Where all positions are zeros, the final state is the initial state, to the last bit.
 
-    Catches a product of decays that is 1 but for its rounding, and a state that goes through bf16.
+    Catches: a product of decays that is 1 but for its rounding, and a state that goes through bf16.
     """
     *inputs, state = make(form, **case)
     _, final = form.operator(*(torch.zeros_like(x) for x in inputs), state)
@@ -398,10 +391,10 @@ def test_padding_alone(form, case):
 @few(15)
 @given(case=cases(shortest=2), where=st.integers(0, 50), between_chunks=st.booleans())
 def test_splitting(form, case, where, between_chunks):
-    """f(tokens 1 .. T, S) is f(tokens t+1 .. T, S'), where S' is the state that f(tokens 1 .. t, S) ends in:
-    y and the final state are the same, and so are the gradients, which reach the first part through S'.
+    """f(tokens 1 .. T, S_0) = f(tokens t+1 .. T, S_t), where S_t is the final state of f(tokens 1 .. t, S_0).
+    y and S_T are the same, and so are the gradients, which reach the first part through S_t.
 
-    Catches a state that is not the last token's, that is transposed or rounded on its way out, or whose
+    Catches: a state that is not the last token's, that is transposed or rounded on its way out, or whose
     gradient goes missing.
     """
     cut = 1 + where % (case["T"] - 1)
@@ -430,13 +423,13 @@ def test_splitting(form, case, where, between_chunks):
 def test_linearity(form, case, c):
     """For fixed r, log_w, k, a and b, f is linear in v and the initial state together:
 
-        f(v + v', S + S') = f(v, S) + f(v', S')       f(c v, c S) = c f(v, S)
+        f(v + v', S_0 + S_0') = f(v, S_0) + f(v', S_0')       f(c v, c S_0) = c f(v, S_0)
 
-    for y and for the final state. The sum holds as far as the three runs keep their promises, each an error
-    relative to its own size. The product holds to the last bit where c is a power of two, for that changes an
-    exponent and no digit, in bf16 too.
+    for y and for S_T. The sum is not exact to the bit, since each of the three runs rounds other numbers: the
+    two sides may differ by as much as the three promise, each relative to its own size. The product is exact
+    to the bit where c is a power of two or -1, for that changes no digit of a number, in any dtype.
 
-    Catches a clamp, a normalisation or a constant that has no place in the operator, and v or the state
+    Catches: a clamp, a normalisation or a constant that has no place in the operator, and v or the state
     counted twice.
     """
     r, log_w, k, v, a, b, state = make(form, **case)
@@ -463,9 +456,10 @@ def test_linearity(form, case, c):
 @few(25)
 @given(case=cases())
 def test_gradients(form, case):
-    """The gradients of a loss of y and of the final state, in all seven inputs, are those of the equations.
+    """The gradients of a loss of y and S_T, in all seven inputs, are those that autograd finds for
+    `equations` in fp64.
 
-    Catches a wrong or missing term of a gradient, one in the wrong place, one of the wrong dtype.
+    Catches: a wrong or missing term of a gradient, one in the wrong place, one of the wrong dtype.
     """
     tensors = make(form, **case)
     results = run(form.operator, tensors, gradients=True)
@@ -479,7 +473,7 @@ def test_gradients(form, case):
 def test_gradients_are_slopes(form, case):
     """In a direction d, (loss(x + h d) - loss(x - h d)) / 2h = <gradient, d>, up to terms in h^2.
 
-    Catches what autograd itself could get wrong, the truth of the law above. Only fp64 has the digits for it.
+    Catches: gradients of `equations` that are wrong themselves. Only fp64 has the digits for this.
     """
     h = 1e-5
     tensors = make(form, **{**case, "T": 2 + case["T"] % 7, "wide": False, "memory": 1.0})
@@ -504,9 +498,9 @@ def test_gradients_are_slopes(form, case):
 @few(15)
 @given(case=cases(shortest=2), where=st.integers(0, 50))
 def test_gradients_do_not_look_ahead(form, case, where):
-    """For s < t, the gradient of y_s in the inputs of token t is exactly 0, and that in its own is not.
+    """For s < t, the gradient of y_s in the inputs of token t is exactly 0.
 
-    Catches causality that a forward keeps and its backward breaks.
+    Catches: causality that a forward keeps and its backward breaks.
     """
     t = 1 + where % (case["T"] - 1)
     tensors = [x.requires_grad_() for x in make(form, **case)]

@@ -22,8 +22,9 @@ import files
 import standin
 import train
 from conftest import ROOT, refusal
+from fake_runs import HERE, change_lines, read_lines, write_lines
 from data import make_example
-from eval import main as report_main
+from eval import main as eval_main
 from model import RWKV7
 from rounds import load_rounds
 from standin import standin_records
@@ -38,8 +39,8 @@ QUICK = ["steps=4", "n_val=8", "batch_size=4", "eval_every=2", "channels=16"]
 @pytest.fixture
 def instant(monkeypatch):
     """Bases that are made at once and know nothing; a real round that would take 42 hours; no network."""
-    def pretrain(recipe, seed, path, device, progress):
-        standin.fresh_model(recipe.channels, seed).save(path)
+    def pretrain(recipe, seed, device):
+        return standin.fresh_model(recipe.channels, seed)
 
     def no_network(url, *_):
         raise AssertionError(f"asked for {url}")
@@ -159,8 +160,7 @@ def test_a_base_learns_with_the_question_first_until_it_passes(task, tmp_path, m
     monkeypatch.setattr(standin, "share_right", lambda model, exam, device:
                         exams.append((len(batches), exam)) or next(grades))
     recipe = dataclasses.replace(SMALL["S1" if task == "hotpotqa" else "S7"], channels=16)
-    path = standin.base_path(recipe, 1, tmp_path)
-    standin.pretrain(recipe, 1, path, torch.device("cpu"), files.Progress(1))
+    model = standin.pretrain(recipe, 1, torch.device("cpu"))
 
     (failed, exam), (passed, _) = exams
     assert failed < passed == len(batches) and len(exam) == standin.QUESTIONS
@@ -172,8 +172,8 @@ def test_a_base_learns_with_the_question_first_until_it_passes(task, tmp_path, m
     assert sorted(set(facts)) == list(range(2, most + 1)) and facts == sorted(facts)
     assert len({example.id for batch in batches for example in batch}) == sum(map(len, batches))
     assert all("validation" in example.id for example in exam)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert RWKV7.load(path).config.vocab_size == len(TOKENS.tokens)
+    model.save(tmp_path / "base.pth")
+    assert RWKV7.load(tmp_path / "base.pth").config.vocab_size == len(TOKENS.tokens)
 
 
 def test_the_test_of_a_base_counts_right_answers():
@@ -187,19 +187,84 @@ def test_the_test_of_a_base_counts_right_answers():
 
 
 def test_a_base_that_does_not_learn_is_given_up(tmp_path, monkeypatch):
-    """Catches training without end, a base kept that knows nothing, seeds that start alike, the published
-    embedding, in whose growth all steps would go, and a base's file that another width would take."""
-    for name, value in dict(LAYERS=1, EASY=0.0, USUAL_STEPS={"arc": 1}).items():
+    """Catches: training without end, a base kept that knows nothing, seeds that start alike, and the
+    published embedding, in whose growth all steps would go."""
+    for name, value in dict(LAYERS=1, EASY=0.0, MOST_STEPS={"arc": 2}).items():
         monkeypatch.setattr(standin, name, value)
     recipe = dataclasses.replace(SMALL["S7"], channels=16)
     with pytest.raises(ValueError, match="has not learned it in 2 steps; try another --seed"):
-        standin.pretrain(recipe, 2, tmp_path / "base.pth", torch.device("cpu"), files.Progress(1))
-    assert not list(tmp_path.iterdir())
+        standin.find_or_make_base(recipe, 2, tmp_path, torch.device("cpu"), HERE)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     one, other = (standin.fresh_model(16, seed).emb.weight for seed in (10, 15))
     assert 0.49 < one.max() < 0.5 and not torch.equal(one, other)
-    others = [dataclasses.replace(recipe, **{key: 32}) for key in ("channels", "facts")] + [SMALL["S1"]]
-    paths = {standin.base_path(other, seed, tmp_path) for other in [recipe, *others] for seed in (1, 2)}
-    assert len(paths) == 8
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_base_says_what_made_it(instant, tmp_path, monkeypatch, capsys):
+    """A base is used again by every run that would make the same one, and says by what it was made.
+
+    Catches: a base of another task, width, seed or number of facts; one that other code or another machine
+    made, used without a word; weights that are not those which its label is about; a base without a label.
+    """
+    recipe = dataclasses.replace(SMALL["S1"], channels=16)
+    made = []
+    pretrain = standin.pretrain
+    monkeypatch.setattr(standin, "pretrain", lambda *values: made.append(values) or pretrain(*values))
+
+    def base(recipe=recipe, seed=3, surroundings=HERE):
+        """The base, how many were made for it, and what was said."""
+        made.clear()
+        model = standin.find_or_make_base(recipe, seed, tmp_path, torch.device("cpu"), surroundings)
+        return model, len(made), capsys.readouterr().err
+
+    first, count, said = base()
+    assert (count, said) == (1, "")
+    path, = tmp_path.glob("standin/*.pth")
+    label = path.with_suffix(".json")
+    bits = path.read_bytes(), label.read_bytes()
+    same_base = dataclasses.replace(recipe, name="S2", order="question_first", steps=3, alpha_init=9.0)
+    for other in (recipe, same_base):
+        again, count, said = base(other)
+        assert (count, said) == (0, "") and torch.equal(weights_of(again), weights_of(first))
+        assert again.sha256 == first.sha256
+    others = [(dataclasses.replace(recipe, channels=32), 3), (dataclasses.replace(recipe, facts=9), 3),
+              (dataclasses.replace(SMALL["S7"], channels=16), 3), (recipe, 4)]
+    for other, seed in others:
+        assert base(other, seed)[1:] == (1, "") and base(other, seed)[1:] == (0, "")
+    assert len(list(tmp_path.glob("standin/*.pth"))) == 5
+
+    for key, value in (("code", "f00d"), ("machine", HERE["machine"] | {"cpu": "AVX512"})):
+        _, count, said = base(surroundings=HERE | {key: value})
+        assert count == 0 and said.startswith("note: ") and said.count("\n") == 1
+        assert str(path) in said and f"{key}" in said and "other code or on another machine" in said
+    assert (path.read_bytes(), label.read_bytes()) == bits
+
+    standin.fresh_model(16, 99).save(path)    # other weights under this name
+    model, count, said = base()
+    assert count == 1 and "is not what" in said and torch.equal(weights_of(model), weights_of(first))
+    assert (path.read_bytes(), label.read_bytes()) == bits
+    for key, value in (("seed", 4), ("facts", 9), ("channels", 32), ("task", "arc")):
+        label.write_text(json.dumps(json.loads(bits[1]) | {key: value}))
+        assert base()[1] == 1 and label.read_bytes() == bits[1]
+    label.unlink()
+    assert base()[1] == 1 and label.read_bytes() == bits[1]
+
+
+@pytest.mark.parametrize("file, content", [
+    (".pth", b"PK\x03\x04 no checkpoint"), (".pth", b""), (".json", b"{"), (".json", b"[]"),
+    (".json", b"\xff"), (".json", b'{"code": 1}')])
+def test_a_damaged_base_is_one_line(file, content, instant, tmp_path, capsys):
+    """Catches: a traceback, an error that names neither the file nor what to do, a damaged file replaced."""
+    assert train.main(arguments(tmp_path, "--arm", "no_fs")) == 0
+    path, = tmp_path.glob(f"assets/standin/*{file}")
+    path.write_bytes(content)
+    error = refusal(capsys, train.main, arguments(tmp_path, "--arm", "prompt_fs"))
+    assert f"{path} is damaged" in error and error.count(str(path)) == 1
+    assert "Delete it" in error and "\n" not in error
+    assert path.read_bytes() == content
 
 
 # ---- rounds that run on it ---------------------------------------------------------------------------------
@@ -220,14 +285,14 @@ def test_without_a_gpu_a_round_runs_in_miniature(name, instant, tmp_path, monkey
         assert ("alpha_init" in text) is False    # R8's own is not taken for a change
     for arm in train.ARMS:
         run = run_of(tmp_path, name, arm=arm)
-        assert (run["standin"], run["status"], run["base"]["name"]) == (True, "done", "stand-in")
+        assert (run["source"], run["status"], run["base"]["name"]) == ("standin", "done", "stand-in")
     for folder in "runs", "runs/standin":    # as train.py's --runs, and the folder itself
-        assert report_main([name, "--runs", str(tmp_path / folder)]) == 0
+        assert eval_main([name, "--runs", str(tmp_path / folder)]) == 0
         assert capsys.readouterr().out.strip() == summary.strip()
     monkeypatch.setattr(standin, "pretrain", lambda *_: pytest.fail("made the base again"))
     assert train.main(arguments(tmp_path, "--standin", name=name)) == 0
     out, err = capsys.readouterr()
-    assert err.count("done before") == 2 and "asked for with --standin" in err
+    assert err.count("this run is done") == 2 and "asked for with --standin" in err
 
 
 def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monkeypatch, capsys):
@@ -237,15 +302,15 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     recipe = dataclasses.replace(SMALL["S1"], steps=4, batch_size=4, n_val=8)
     base = tmp_path / "mine.pth"
     standin.fresh_model(16, 9).save(base)
-    material = train.Material(standin.training_examples(recipe, 1), standin.validation_examples(recipe),
-                              RWKV7.load(base), "mine.pth", TOKENS)
+    material = train.Material("real", standin.training_examples(recipe, 1),
+                              standin.validation_examples(recipe), RWKV7.load(base), "mine.pth", TOKENS)
     assert train.main(arguments(tmp_path)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "real_material", lambda *_: material)
         assert train.main(arguments(tmp_path, "--real")) == 0
-    for folder, made_up in (("runs", False), ("runs/standin", True)):
+    for folder, source in (("runs", "real"), ("runs/standin", "standin")):
         run = json.loads((tmp_path / folder / "S1/seed3/no_fs/run.json").read_text())
-        assert run["standin"] is made_up and run["status"] == "done"
+        assert (run["source"], run["status"]) == (source, "done")
     for more in (["--real"], ["--base", "nowhere.pth"]):
         lines = refusal(capsys, train.main, arguments(tmp_path, "--offline", *more, name="R8")).splitlines()
         assert len(lines) == 3 and (more == ["--real"] or "nowhere.pth" in lines[2])
@@ -255,64 +320,49 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     assert train.main(arguments(tmp_path, "--offline", "--device", "cuda", name="R8")) == 0
     err = capsys.readouterr().err
     missing = "hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json", REAL["R8"].base
-    assert "STAND-IN" in err and all(f"/{name} is missing" in err for name in missing)
-
-
-def test_time_left_is_that_of_the_whole_command(instant, tmp_path, monkeypatch, capsys):
-    """On a clock that takes a second a token. Catches time left for one arm, or without evaluations, where
-    two rounds and two seeds are to be run."""
-    now, tick = [0.0], files.Progress.tick
-
-    def on_time(self, work, text):
-        now[0] += work
-        tick(self, work, text)
-
-    for seed in (3, 4):
-        recipe = dataclasses.replace(SMALL["S1"], channels=16)
-        standin.fresh_model(16, seed).save(standin.base_path(recipe, seed, tmp_path / "assets"))
-    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(files.Progress, "tick", on_time)
-    monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setattr(files, "duration", lambda seconds: f"{seconds:.0f}")
-    assert train.main(arguments(tmp_path, "--round", "S1", "S6", seeds="3-4", settings=["steps=2"])) == 0
-    left = [int(number) for number in re.findall(r"about (\d+) left in all", capsys.readouterr().err)]
-    a_seed = 256 * (2 * (3 * 2 * 4 + 2 * 8) + 3 * 8)    # two arms' steps and evaluations, and controls
-    assert left[0] > 3 * a_seed and left[-1] == 0 and left == sorted(left, reverse=True)
-
-
-def edit_lines(path, change):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, **change(i, line)}) + "\n" for i, line in enumerate(lines)))
+    assert "STAND-IN" in err
+    for name in missing:    # each on a line of its own
+        assert sum("could not download" in line and f"/{name}: " in line for line in err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("off, facts", [(25, 10), (75, 4)])
-def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, monkeypatch, capsys):
-    """Catches a first command that shows nothing: four questions on which the arms agree, a gate that is shut
-    and nothing said of it, one seed that seems to decide; answers of another question, arm or evaluation."""
+def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, capsys):
+    """On the stand-in the report is followed by what was asked, what came out, and what that does not say.
+
+    Catches: a first command that shows nothing, a question on which the arms agree, a gate that is shut and
+    nothing said of it, one seed that seems to decide; answers of another question, arm or evaluation.
+    """
     command = arguments(tmp_path, settings=[f"facts={facts}"])
     assert train.main(command) == 0
     folder = tmp_path / "runs/standin/S1/seed3"
     recipe = dataclasses.replace(SMALL["S1"], n_val=8, facts=facts)
     questions = standin.validation_examples(recipe)
     for arm in train.ARMS:    # which agree on every second question; prompt_fs is right in 6 of 8
-        edit_lines(folder / arm / "records.jsonl", lambda i, line: {
-            "text": f" {arm if i % 2 else 'same'}{i % 8}" if line["step"] == 4 else f"early {i}",
-            "correct": int(arm == "prompt_fs" and i % 8 < 6)})
-    edit_lines(folder / "prompt_fs/controls.jsonl", lambda i, line: {
-        "correct": int(line["control"] == "off" and i % 8 < 8 * off / 100)})
+        lines = read_lines(folder / arm / "records.jsonl")
+        for i, line in enumerate(lines):
+            line["text"] = f"early{i}"
+            if line["step"] == 4:
+                line["text"] = f"{arm}{i % 8}" if i % 2 else f"same{i % 8}"
+            line["correct"] = int(arm == "prompt_fs" and i % 8 < 6)
+        write_lines(folder / arm / "records.jsonl", lines)
+    lines = read_lines(folder / "prompt_fs/controls.jsonl")
+    for i, line in enumerate(lines):
+        line["correct"] = int(line["control"] == "off" and i % 8 < 8 * off / 100)
+    write_lines(folder / "prompt_fs/controls.jsonl", lines)
     capsys.readouterr()
     assert train.main(command) == 0
     words = capsys.readouterr().out.partition("Seed 3 in words")[2]
-    for said in (f"8 questions on {facts} facts", f"{standin.chance(recipe.task, facts):.0%} of the time",
-                 "Without Future-Seed 0% ", "with it 75%", "answer 4 questions differently, such as",
+    guess = standin.chance(recipe.task, facts)
+    example = questions[1]
+    for said in (f"8 questions on {facts} facts", f"right {guess:.0%} of the time",
+                 "Without Future-Seed 0% ", "with it 75%", "The arms answer 4 questions differently",
                  f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing",
-                 "--seeds 0-5"):
+                 f"{example.text} is right, no_fs says no_fs1 and prompt_fs says prompt_fs1.", "--seeds 0-5"):
         assert said in words, said
-    for i, example in enumerate(questions):
-        said = f"right is {example.text}; no_fs says no_fs{i}, prompt_fs says prompt_fs{i}\n"
-        asked = f"{TOKENS.decode(example.prompt).split()[-2]}, Answer:\n      {said}"
-        assert words.count(asked) == i % 2
-    assert ("it answers by way of them" in words) == (off == 25)
+    asked = TOKENS.decode(example.prompt).split()[-2]
+    for arm in train.ARMS:
+        assert words.count(f"{folder / arm / 'model.pth'} --ask {asked} --context ") == 1
+    assert ("So its answers depend on the seed states." in words) == (off == 25)
     assert ("0.119, from layer 1" in words and "--round S20 --seed 3" in words) == (off == 75)
 
 
@@ -322,9 +372,7 @@ def test_settings_of_the_stand_in(instant, tmp_path, monkeypatch, capsys):
     and runs that are deleted before these are refused."""
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "--standin", "--minutes", "1"))
-    without_seeds = [*arguments(tmp_path, settings=["seeds=[3]"]), "--minutes", "1e-9"]
-    del without_seeds[2:4]
-    assert train.main(without_seeds) == 0
+    assert train.main([*arguments(tmp_path), "--minutes", "1e-9"]) == 0
     assert run_of(tmp_path, "S1")["steps"] == 4 and "minutes, " not in capsys.readouterr().err
     for wrong in ("facts=40", "channels=40", "channels=0"):
         words = arguments(tmp_path, "--standin", "--fresh", settings=[wrong])

@@ -112,19 +112,6 @@ segments = st.sampled_from([None, 1, 2])
 # ---- right numbers -----------------------------------------------------------------------------------------
 
 
-@needs_compiler
-@pytest.mark.parametrize("N", [16, 64])
-@settings(deadline=None, max_examples=15, derandomize=True)
-@given(problem=problems, schedule=schedules)
-def test_token_kernel_is_the_recurrence(kernels, N, problem, schedule):
-    """Catches any wrong term, in fp32 where nothing hides: this is the kernel one reads first and trusts."""
-    kernel = kernels(N, bf16=False)
-    kernel.seed = schedule
-    inputs, s0, _, _ = draw_problem(N=N, bf16=False, **problem)
-    ours = kernel.token_forward(*(i.float() for i in inputs), s0.float())
-    check(ours, recurrence(*inputs, s0), 1e-5, ("y", "sT"))
-
-
 def check_chunked(kernel, problem, N, schedule, segment, split, bf16=True):
     """
     5e-3 for y and sT, 1e-2 for gradients. What cancels loses more to bf16 operands, whoever computes it so:
@@ -210,28 +197,6 @@ def test_null_means_zero_and_inference_keeps_nothing(kernels):
         assert all(torch.equal(result, wanted) for result, wanted in zip(*both))
     for result, wanted in zip(kernel.token_forward(*x, None), kernel.token_forward(*x, zero)):
         assert torch.equal(result, wanted)
-
-
-@needs_compiler
-@settings(deadline=None, max_examples=8)
-@given(seed=st.integers(0, 2**31), T=st.integers(1, 40), padding=st.integers(1, 40))
-def test_padding_tokens_leave_the_state_alone(kernels, seed, T, padding):
-    """Catches a padded token (log_w = 0, all else 0) that changes a state, a result or a gradient: the model
-    pads so."""
-    kernel = kernels(64)
-    inputs, s0, dy, dsT = draw_problem(seed=seed, N=64, T=T, H=2)
-    x = [i.float() for i in inputs]
-    padded = [torch.cat([i, torch.zeros(1, padding, 2, 64)], 1) for i in x]
-    padded_dy = torch.cat([dy, torch.ones(1, padding, 2, 64)], 1)
-    y, sT, kept = kernel.forward(*x, s0.float())
-    y_, sT_, kept_ = kernel.forward(*padded, s0.float())
-    assert torch.equal(y_[:, :T], y)
-    assert torch.equal(sT_, sT)
-    gradients = kernel.backward(*x, kept, dy, dsT.float())
-    *gradients_, ds0_ = kernel.backward(*padded, kept_, padded_dy, dsT.float())
-    assert torch.equal(ds0_, gradients[-1])
-    for ours, wanted in zip(gradients_, gradients):
-        assert torch.equal(ours[:, :T], wanted)
 
 
 # ---- right under any schedule ------------------------------------------------------------------------------
