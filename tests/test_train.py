@@ -33,7 +33,7 @@ import train
 from conftest import ROOT, refusal
 from fake_runs import change_run, read_lines, write_runs
 from fs import answer_logits, answer_loss
-from model import RWKV7, Config, read_pt, write_pt
+from model import RWKV7, Config, read_pt
 from rounds import load_rounds, with_settings
 from runs import ARMS
 from tokenizer import Tokenizer
