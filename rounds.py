@@ -132,10 +132,13 @@ def setting_lines() -> list[str]:
     """Every setting on a line: its default, what it means and what it may be."""
     lines = []
     for key, field in SETTINGS.items():
-        default = "" if field.default is dataclasses.MISSING else field.default
-        bounds = bounds_of(key)
-        may_be = f" ({bounds})" if bounds else ""
-        lines.append(f"{key}={default}".lower().ljust(30) + f" {field.metadata['meaning']}{may_be}")
+        default = ""
+        if field.default is not dataclasses.MISSING:
+            default = str(field.default).lower()    # true and false, as TOML writes them
+        line = f"{key}={default}".ljust(30) + " " + field.metadata["meaning"]
+        if bounds_of(key):
+            line += f" ({bounds_of(key)})"
+        lines.append(line)
     return lines
 
 

@@ -25,7 +25,8 @@ from rounds import Round, checked
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
 # prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
-CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
+CONTROLS = {"off": "switched off", "other": "made from another prompt",
+            "shuffled": "made from its own prompt, end shuffled"}
 FOLDERS = {"real": "", "own": "own", "standin": "standin"}
 NO_MEMORY = "DefaultCPUAllocator"        # in a RuntimeError: torch has no class for memory that a CPU lacks
 

@@ -56,7 +56,7 @@ def new_arm(seed, future_seed):
 
 
 def train_step(arm, inputs, targets, lr):
-    """inputs (B, T), targets (B, T)."""
+    """One step on inputs (B, T) and targets (B, T); returns the loss."""
     for group in arm.optimizer.param_groups:
         group["lr"] = lr
     hidden, _ = prefill(arm.model, inputs, fs=arm.fs)    # (B, T, C)
@@ -66,6 +66,7 @@ def train_step(arm, inputs, targets, lr):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(arm.model.parameters(), 1.0)
     arm.optimizer.step()
+    return loss.item()
 
 
 @torch.no_grad()
