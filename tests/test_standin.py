@@ -18,11 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import files
 import standin
 import train
 from conftest import ROOT, refusal
-from fake_runs import HERE, change_lines, read_lines, write_lines
+from fake_runs import HERE, read_lines, write_lines
 from data import make_example
 from eval import main as eval_main
 from model import RWKV7

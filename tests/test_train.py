@@ -33,7 +33,7 @@ import train
 from conftest import ROOT, refusal
 from fake_runs import change_run, read_lines, write_runs
 from fs import answer_logits, answer_loss
-from model import RWKV7, Config, read_pt, write_pt
+from model import RWKV7, Config, read_pt
 from rounds import load_rounds, with_settings
 from runs import ARMS
 from tokenizer import Tokenizer
@@ -233,7 +233,7 @@ def test_a_wrong_share_of_processes_is_told(rank, size, says, command, tmp_path,
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     error = refusal(capsys, train.main, command(tmp_path))
-    assert says in error and "\n" not in error and ("whole number" in error or "less than" in error)
+    assert says in error and "\n" not in error and ("whole number" in error or "from 0 to" in error)
 
 
 # ---- stops -------------------------------------------------------------------------------------------------
@@ -708,7 +708,7 @@ def test_an_arm_that_two_rounds_share_is_trained_once(copy_of_finished, command)
 
 @pytest.mark.parametrize("argv, says", [
     (["--set", "step=3"], ["no setting is called 'step'"]),
-    (["--set", "steps=many"], ["steps must be int"]),
+    (["--set", "steps=many"], ["steps must be a whole number"]),
     (["--set", "n_val=1"], ["n_val", "2 or more"]),
     (["--set", "n_train=100"], ["only 16 of 16 records qualify", "lower n_train"]),
     (["--round", "R99"], ["no round is called 'R99'", "R2, R3"]),
