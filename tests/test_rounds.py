@@ -394,6 +394,9 @@ def test_the_head_of_rounds_toml_has_an_example_that_runs(tmp_path):
     ("[standin]\nn_val = 0", r"\[standin\]: n_val must be 2 or more"),
     ("[standin.arc]\nlr = 'x'", r"\[standin.arc\]: lr must be a number"),
     ("[standin]\narc = 5", r"\[standin.arc\]: must be a table, not 5"),
+    ('[standin]\ntask = "arc"', "a round keeps its task on the stand-in"),
+    ('[standin.hotpotqa]\norder = "twice"', "a round keeps its order on the stand-in"),
+    ("[own]\ntitle = 5", "no round may be called own"),
     ("[standin.arc]\nfacts = 3\nfacts_first = 4", r"\[Q\] on the stand-in: facts = 3 is less"),
     ("[[standin]]\nn_val = 9", r"\[standin\]: must be a table"),
     # no TOML

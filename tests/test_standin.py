@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import material
 import standin
 import train
 from conftest import ROOT, refusal
 from fake_runs import HERE, read_lines, write_lines
 from data import make_example
 from eval import main as eval_main
+
 from model import RWKV7
 from rounds import load_rounds
 from standin import standin_records
@@ -46,7 +48,7 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(standin, "LAYERS", 3)
     monkeypatch.setattr(standin, "pretrain", pretrain)
-    monkeypatch.setattr(train, "duration", lambda seconds: "42 hours")
+    monkeypatch.setattr(material, "duration", lambda seconds: "42 hours")
     monkeypatch.setattr(data.urllib.request, "urlopen", no_network)
     monkeypatch.setattr(data.torch.hub, "download_url_to_file", no_network)
 
@@ -301,11 +303,11 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     recipe = dataclasses.replace(SMALL["S1"], steps=4, batch_size=4, n_val=8)
     base = tmp_path / "mine.pth"
     standin.fresh_model(16, 9).save(base)
-    material = train.Material("real", standin.training_examples(recipe, 1),
+    made_from = material.Material("real", standin.training_examples(recipe, 1),
                               standin.validation_examples(recipe), RWKV7.load(base), "mine.pth", TOKENS)
     assert train.main(arguments(tmp_path)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "real_material", lambda *_: material)
+        patch.setattr(train, "real_material", lambda *_: made_from)
         assert train.main(arguments(tmp_path, "--real")) == 0
     for folder, source in (("runs", "real"), ("runs/standin", "standin")):
         run = json.loads((tmp_path / folder / "S1/seed3/no_fs/run.json").read_text())

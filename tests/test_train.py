@@ -28,11 +28,14 @@ from hypothesis import HealthCheck, Phase, example, given, settings, strategies 
 import data
 import eval as eval_py
 import files
+import material
+import runs
 import standin
 import train
 from conftest import ROOT, refusal
 from fake_runs import change_run, read_lines, write_runs
 from fs import answer_logits, answer_loss
+
 from model import RWKV7, Config, read_pt
 from rounds import load_rounds, with_settings
 from runs import ARMS
@@ -45,7 +48,7 @@ SMALL = ["steps=4", "n_train=11", "n_val=4", "batch_size=4", "eval_every=2", "lr
 @pytest.fixture(scope="module", autouse=True)
 def small_vocabulary():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (data, train):
+        for module in (data, material):
             patch.setattr(module, "Tokenizer", standin.small_tokenizer)
         yield
 
@@ -208,7 +211,7 @@ def test_processes_share_rounds_and_seeds(command, tmp_path, monkeypatch):
     Catches: seeds that two processes train, or none, and fresh weights drawn from the run's seed.
     """
     words = Tokenizer()
-    monkeypatch.setattr(train, "Tokenizer", lambda: words)
+    monkeypatch.setattr(material, "Tokenizer", lambda: words)
     argv = ["--base", "init:L2-D16", "--round", "R3", "R2", "--seeds", "5-6", "--arm", "no_fs"]
     settings = ["steps=1", "n_val=2"]
     assert train.main(command(tmp_path / "one", *argv, settings=settings)) == 0
@@ -289,8 +292,8 @@ def moments(command, tmp_path_factory):
 STOPS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 # where stops have done harm before, or would: half of all draws are of these
 SENSITIVE = ["Arm.train_step", "Arm.evaluate", "Arm.save", "Arm.write_lines", "Arm.score_controls",
-             "Arm.finish", "Arm.resume", "write_pt", "_save", "atomic_write", "owned", "write_report", "Interrupt.waiting",
-             "copy_identical_no_fs", "real_material", "RWKV7.load", "read_pt"]
+             "Arm.finish", "Arm.resume", "write_pt", "_save", "atomic_write", "owned", "write_report",
+             "Interrupt.waiting", "copy_identical_no_fs", "real_material", "RWKV7.load", "read_pt"]
 
 
 # a life of a run: how it is stopped, in which function, at which of its calls (0 the first, 1 the last), and
@@ -496,8 +499,8 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, c
     contents += wrong_checkpoints(saved)
     assert len(contents) > 200
     recipe = with_settings(load_rounds()[0]["R2"], SMALL)
-    material = train.choose_material(recipe, recipe, train.parse_arguments(argv))
-    monkeypatch.setattr(train, "choose_material", lambda *_: material)    # read once, for 200 lives
+    chosen = train.choose_material(recipe, recipe, train.parse_arguments(argv))
+    monkeypatch.setattr(train, "choose_material", lambda *_: chosen)    # read once, for 200 lives
     monkeypatch.setattr(train, "train_arm", lambda arm, interrupt: arm.resume())
     others = outcome(tmp_path)
     for what, content in contents:
@@ -505,7 +508,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, c
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:    # as if it had been read from the disk: to write so many takes long
-                patch.setattr(train, "read_pt", lambda path: (content, "sha256"))
+                patch.setattr(runs, "read_pt", lambda path: (content, "sha256"))
             before = path.read_bytes()
             try:
                 error = refusal(capsys, train.main, argv)
@@ -644,7 +647,7 @@ def test_what_could_not_be_compared_is_told_before_training(argv, copy_of_finish
     never_trains(monkeypatch)
     before = outcome(copy_of_finished)
     if "init:L2-D16" in argv:
-        monkeypatch.setattr(train, "Tokenizer", Tokenizer)
+        monkeypatch.setattr(material, "Tokenizer", Tokenizer)
     capsys.readouterr()
     assert train.main(command(copy_of_finished, *argv)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -782,8 +785,8 @@ def make_arm(base, folder, *settings):
     rules = dict(max_prompt=256, max_answer=4, order="context_first")
     batch = [data.make_example("arc", record, standin.small_tokenizer(), **rules)
              for n in (2, 4, 7, 3, 3) for record in standin.standin_records("arc", "train", 1, n, n)]
-    material = train.Material("real", batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
-    experiment = train.Experiment(recipe, 5, material, None, torch.device("cpu"), folder)
+    made_from = material.Material("real", batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
+    experiment = train.Experiment(recipe, 5, made_from, None, torch.device("cpu"), folder)
     return train.Arm(experiment, experiment.identity() | {"arm": "prompt_fs"}), batch
 
 
