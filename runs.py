@@ -129,8 +129,8 @@ def check_same_run(place: Path, found: dict, wanted: dict) -> None:
 
 def comparable_part(run: dict, across_seeds: bool) -> dict:
     """What must be equal in two runs for their scores to be compared."""
-    part = {key: run[key] for key in ("source", "settings", "minutes", "base", "data")}
-    if across_seeds and run["source"] == "standin":
+    part = {key: run[key] for key in ("source", "settings", "minutes", "base", "data") if key in run}
+    if across_seeds and run["source"] == "standin" and "data" in run:
         # there every seed has a base and training questions of its own
         part["base"], part["data"] = None, run["data"]["validation"]
     return part
@@ -139,8 +139,8 @@ def comparable_part(run: dict, across_seeds: bool) -> dict:
 def check_comparable(folder: Path, identity: dict, arms: list[str], replaced: set[int]) -> None:
     """ValueError if a run that is about to start could not be compared with the runs that are there.
 
-    Args: folder, of the round; identity, of the run; arms that are about to run; replaced, the seeds whose
-    runs this command deletes first.
+    Args: folder, of the round; identity, of the run, or as much of it as is known so far; arms that are about
+    to run; replaced, the seeds whose runs this command deletes first.
     """
     for seed in seeds_on_disk(folder):
         for arm in ARMS:
@@ -153,7 +153,9 @@ def check_comparable(folder: Path, identity: dict, arms: list[str], replaced: se
             except ValueError:
                 continue    # the report tells of damage, and leaves the seed out
             across = seed != identity["seed"]
-            unlike = differences(comparable_part(there, across), comparable_part(identity, across))
+            known = comparable_part(identity, across)
+            found = comparable_part(there, across)
+            unlike = differences({key: found[key] for key in known}, known)
             if unlike:
                 raise ValueError(f"seed {identity['seed']} could not be compared with {place}: "
                                  f"{in_words(unlike, 'there', 'in this command')}. Run both alike, or pass "
@@ -256,8 +258,8 @@ def read_checkpoint(path: Path, identity: dict, ids: list[str]) -> dict:
     """A run's checkpoint.pt, checked; its tensors are for the caller to fit to a model.
 
     Args: identity, of the run; ids, of its validation examples, in their order.
-    Raises: ValueError where it is damaged, another run's, or where its step, its losses and its records do not
-        belong together.
+    Raises: ValueError where it is damaged or another run's, or where its step, its losses and its records do
+        not belong together.
     """
     with naming_damage(path):
         saved, _ = read_pt(path)

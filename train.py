@@ -384,17 +384,21 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
     Args: source and material, as choose_material gives them; seeds_asked, all seeds of the command, whose
     runs --fresh starts over.
     """
-    device, minutes = torch.device(args.device), args.minutes
+    device = torch.device(args.device)
+    # the stand-in's questions are made for its steps
+    minutes = None if source == "standin" else args.minutes
     folder = args.runs / FOLDERS[source] / recipe.name / f"seed{seed}"
     with owned(folder) as check_owner:
+        replaced = set(seeds_asked) if args.fresh else set()
+        # everything that can be refused is refused before anything is deleted or trained; on the stand-in
+        # that is once more before its base is trained
+        known = {"seed": seed, "source": source, "settings": recipe.settings(), "minutes": minutes}
+        check_comparable(folder.parent, known, args.arms, replaced)
         if source == "standin":
             material = standin_material(recipe, seed, args.assets, device, surroundings(device))
-            minutes = None    # its questions are made for its steps
         experiment = Experiment(recipe, seed, material, minutes, device, folder)
         identity = experiment.identity()
         identities = {arm: identity | {"arm": arm} for arm in args.arms}
-        # everything that can be refused is refused before anything is deleted or trained
-        replaced = set(seeds_asked) if args.fresh else set()
         check_comparable(folder.parent, identity, args.arms, replaced)
         if args.fresh:
             delete_folders([folder / arm for arm in args.arms])
@@ -490,6 +494,8 @@ def share_of_this_process(jobs: list) -> list:
             raise ValueError(f"{name}={text}: must be a whole number, as torchrun sets it")
         numbers[name] = int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if size < 1:
+        raise ValueError("WORLD_SIZE=0: must be a whole number of 1 or more")
     if rank >= size:
         raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK must be from 0 to WORLD_SIZE - 1")
     return jobs[rank::size]
