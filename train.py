@@ -138,7 +138,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
+    """AdamW. Weight decay is on the matrices alone. Future-Seed's parameters have other learning rates."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -221,7 +221,7 @@ class Arm:
         return self.step >= self.recipe.steps
 
     def show_progress(self, progress: Progress) -> None:
-        """Say every few seconds how far this arm is. Batches differ in difficulty, so a mean loss is shown."""
+        """Say every few seconds how far this arm is. Batches differ in difficulty, so the loss is a mean."""
         losses = [line["train_loss"] for line in self.metrics if "train_loss" in line][-LOSSES_SHOWN:]
         shown = (f"loss {sum(losses) / len(losses):.3f} (mean of {counted(len(losses), 'step')}), "
                  f"{self.seconds / self.step:.2g} s a step")
@@ -311,7 +311,7 @@ class Arm:
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
 
     def check_moments(self, step: int) -> None:
-        """Raises an error of any type unless the optimizer has moments of `step` steps for every parameter."""
+        """Raise an error of any type unless the optimizer has moments of `step` steps for each parameter."""
         parameters = list(self.model.parameters())
         if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
             parameters += self.fs.parameters()    # where no layer is seeded, they get no gradient
@@ -508,7 +508,7 @@ def list_rounds(runs_dir: Path) -> None:
 
 
 def share_of_this_process(jobs: list) -> list:
-    """The jobs that this process does: every WORLD_SIZE-th from the RANK-th on, as torchrun sets these two."""
+    """The jobs of this process: every WORLD_SIZE-th from the RANK-th on, as torchrun sets these two."""
     numbers = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
         text = os.environ.get(name, default)
@@ -564,8 +564,8 @@ def choose_material(real: Round, on_standin: Round,
         if args.device == "cpu" and args.base is None:
             tokens = sum(len(example.prompt) for example in train) / len(train)
             time_needed = cpu_time(recipe, args.arms, tokens)
-            lines.append(f"this takes about {time_needed} a seed on one core of a CPU; a smaller --base takes "
-                         "less")
+            lines.append(f"this takes about {time_needed} a seed on one core of a CPU; a smaller --base "
+                         "takes less")
         announce(recipe, "own", lines, args)
         material = own_material(real, train, validation, args.base, args.assets, args.offline)
         return "own", real, material
