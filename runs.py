@@ -31,8 +31,8 @@ CONTROLS = {"off": "switched off", "other": "made from another prompt",
 FOLDERS = {"real": "", "own": "own", "standin": "standin"}
 NO_MEMORY = "DefaultCPUAllocator"        # in the RuntimeError that torch raises where a CPU lacks memory
 
-# what a run's files hold, as check_shape reads it: a type; (a type, None) where the value may be null; a dict of
-# the keys that there must be; a list of entries that are all alike
+# what a run's files hold, as check_shape reads it: a type; (a type, None) where the value may be null; a dict
+# of the keys that there must be; a list of entries that are all alike
 SURROUNDINGS = {"from_step": int, "code": str, "machine": dict}
 IDENTITY = {
     "round": str, "seed": int, "arm": str, "source": str, "settings": dict, "minutes": (float, None),
@@ -171,8 +171,8 @@ def check_comparable(folder: Path, identity: dict, arms: list[str], replaced: se
             unlike = differences({key: found[key] for key in wanted}, wanted)
             if unlike:
                 what = in_words(unlike, "in that run", "in this command")
-                raise ValueError(f"seed {identity['seed']} could not be compared with {place}: {what}. Run both "
-                                 "alike, or pass another --runs DIR.")
+                raise ValueError(f"seed {identity['seed']} could not be compared with {place}: {what}. Run "
+                                 "both alike, or pass another --runs DIR.")
 
 
 # ---- one run, read back ------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ def median_rank(S: int) -> int:
 def question_variance(x) -> float:
     """var(question) of x (S, n), never below 2 / n.
 
-    The 2 / n stands for one more question that moved up by 1 in all seeds, and one that moved down. Without it
-    four questions that moved up by luck would pass for an effect, where the exact sign test wants six; and if
-    no question moved, there would be no doubt about the next one.
+    The 2 / n stands for one more question that moved up by 1 in all seeds, and one that moved down. Without
+    it four questions that moved up by luck would pass for an effect, where the exact sign test wants six; and
+    if no question moved, there would be no doubt about the next one.
     """
     S, n = x.shape
     question = x.mean(axis=0)
