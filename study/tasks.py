@@ -108,7 +108,7 @@ def sudoku_boards():
 
 def sudoku(rng, B, n):
     """A 4x4 board, row by row, with n holes and one solution; each hole is filled where it stands. Four words
-    stand for the digits. After Future-Seed's authors, who compared 4 layers with 12: here both arms have 4."""
+    stand for the digits. After Future-Seed's authors, who compared 4 layers with 12: here both have 4."""
     boards = sudoku_boards()
     solved, holes = boards[rng.integers(len(boards), size=B)], np.zeros((B, 16), bool)
     for b in range(B):

@@ -430,8 +430,8 @@ def test_linearity(form, case, c):
         f(v + v', S_0 + S_0') = f(v, S_0) + f(v', S_0')       f(c v, c S_0) = c f(v, S_0)
 
     for y and for S_T. The sum is not exact to the bit, since each of the three runs rounds other numbers. So
-    the two sides may differ by the sum of the errors that the form promises for each run. The product is exact
-    to the bit where c is a power of two or -1, for that changes no digit of a number, in any dtype.
+    the two sides may differ by the sum of the errors that the form promises for each run. The product is
+    exact to the bit where c is a power of two or -1, for that changes no digit of a number, in any dtype.
 
     Catches: a clamp, a normalisation or a constant that has no place in the operator, and v or the state
     counted twice.
