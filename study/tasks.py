@@ -22,7 +22,7 @@ VERBS = """adores avoids blames builds buys chases draws dreads enjoys fears fin
 THINGS = """apples art bees birds boats books bread bugs cake caves chess clay clocks coins dogs eggs fire
     fish games glass golf gold hats honey ice jam kites lamps maps milk moss music opera pies poems rain rice
     rings rugs salt ships snow soup tea toys trains wine wool""".split()    # 48
-STOP, ASK, WHO, BAR, HOLE = range(5)
+STOP, ASK, WHO, BAR, HOLE = range(5)    # ids of the five words that come first in WORDS
 WORDS = np.array([*". ? Who | _".split(), *NAMES, *VERBS, *THINGS])
 NAME_IDS, VERB_IDS, THING_IDS = np.split(np.arange(5, len(WORDS)), [len(NAMES), len(NAMES) + len(VERBS)])
 SILENT = -100    # the target where nothing is to be said; cross_entropy leaves it out
@@ -120,13 +120,14 @@ def sudoku(rng, B, n):
 
 
 class Task(NamedTuple):
-    make: Callable
+    make: Callable    # (rng, B, n) -> inputs (B, T), targets (B, T)
     first: int    # n in the first questions
     last: int     # n in the last ones, and in the test
     steps: int
 
 
 def ordered(make, order):
+    """A task's `make` with its order fixed; it keeps its docstring, which is printed."""
     return functools.update_wrapper(functools.partial(make, order=order), make)
 
 
