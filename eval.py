@@ -141,7 +141,9 @@ def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[li
     if control == "other":
         return prompts[1:] + prompts[:1]
     for prompt, example in zip(prompts, examples):
-        prompt[-example.tail:] = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
+        # Random makes UTF-8 of a str itself, but refuses an id with half a surrogate pair, which JSON may hold
+        rng = random.Random(example.id.encode("utf-8", "surrogatepass"))
+        prompt[-example.tail:] = rng.sample(prompt[-example.tail:], example.tail)
     return prompts
 
 
@@ -266,7 +268,7 @@ def report_on_runs(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
     published = load_rounds()[0]
     names = expand(args.rounds, published) if args.rounds else list(published)
-    seeds = seeds_of(args.seeds) if args.seeds else None
+    seeds = seeds_of(args.seeds) if args.seeds is not None else None
     folders = [args.runs / folder / name for name in names for folder in FOLDERS.values()]
     folders = [folder for folder in folders if seeds_on_disk(folder)]
     if not folders:

@@ -590,7 +590,7 @@ def plan(args: argparse.Namespace) -> list[Plan]:
         if args.data:    # the shortest prompt that a round takes is about HotpotQA's articles
             real = dataclasses.replace(real, min_prompt=0)
         real, small = (with_settings(recipe, args.settings) for recipe in (real, miniatures[name]))
-        seeds = seeds_of(args.seeds) if args.seeds else list(real.seeds)
+        seeds = seeds_of(args.seeds) if args.seeds is not None else list(real.seeds)
         rounds.append((real, small, seeds))
         jobs += [(name, seed) for seed in seeds]
     share = share_of_this_process(jobs)
