@@ -141,7 +141,7 @@ def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[li
     if control == "other":
         return prompts[1:] + prompts[:1]
     for prompt, example in zip(prompts, examples):
-        # Random makes UTF-8 of a str itself, but refuses an id with half a surrogate pair, which JSON may hold
+        # Random does the same with a str, but refuses half a surrogate pair, which JSON may hold
         rng = random.Random(example.id.encode("utf-8", "surrogatepass"))
         prompt[-example.tail:] = rng.sample(prompt[-example.tail:], example.tail)
     return prompts
