@@ -147,7 +147,9 @@ def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[li
         return prompts[1:] + prompts[:1]    # every example gets the prompt of the next one
     # "shuffled": what comes after the prompt's first block, as the question does, loses its order
     for prompt, example in zip(prompts, examples):
-        prompt[-example.tail:] = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
+        # Random does the same with a str, but refuses half a surrogate pair, which JSON may hold
+        rng = random.Random(example.id.encode("utf-8", "surrogatepass"))
+        prompt[-example.tail:] = rng.sample(prompt[-example.tail:], example.tail)
     return prompts
 
 
@@ -292,7 +294,7 @@ def report_on_runs(args: argparse.Namespace) -> int:
     names, seeds = list(published), None
     if args.rounds:
         names = expand(args.rounds, published)
-    if args.seeds:
+    if args.seeds is not None:
         seeds = seeds_of(args.seeds)
     folders = [args.runs / folder / name for name in names for folder in FOLDERS.values()]
     folders = [folder for folder in folders if seeds_on_disk(folder)]

@@ -65,6 +65,11 @@ class FutureSeed(nn.Module):
             raise ValueError(f"schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if gate not in GATES:
             raise ValueError(f"gate = {gate!r}: must be one of {', '.join(GATES)}")
+        numbers = {"alpha": alpha, "clip": clip, "scale": scale, "schedule_min": schedule_min,
+                   "schedule_max": schedule_max}
+        for name, value in numbers.items():
+            if math.isnan(value):
+                raise ValueError(f"{name} = {value}: must be a number")
         self.config = config
         self.layer_start = max(1, layer_start)
         if self.layer_start >= config.n_layer:

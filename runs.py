@@ -221,9 +221,11 @@ def read_records(path: Path, by: str = "step") -> dict:
     """records.jsonl as step -> example id -> metric -> score.
 
     Args: by, "step", or "control" for controls.jsonl, which then comes as control -> example id -> ….
-    Raises: ValueError that names the file, where a value cannot be, an evaluation has an example twice, or
-        two evaluations have different examples.
+    Raises: ValueError that names the file, where it is missing, a value cannot be, an evaluation has an
+        example twice, or two evaluations have different examples.
     """
+    if not path.exists():
+        raise Damaged(f"{path} is missing. {START_OVER}")
     evaluations = {}
     shape = RECORD | {by: int}
     if by == "control":

@@ -613,7 +613,7 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
     published, on_standin = load_rounds()
     names = expand(args.round, published)
     seeds_asked = {name: list(published[name].seeds) for name in names}
-    if args.seeds:
+    if args.seeds is not None:
         seeds_asked = dict.fromkeys(names, seeds_of(args.seeds))
     share = share_of_this_process([(name, seed) for name in names for seed in seeds_asked[name]])
     plans = []

@@ -223,9 +223,11 @@ def test_seed_states_and_logits_are_fp32_under_autocast(gate):
 
 @pytest.mark.parametrize("arguments, word", [
     ({"schedule": "square"}, "schedule"), ({"gate": "vector"}, "gate"), ({"schedule": None}, "schedule"),
+    ({"alpha": math.nan}, "alpha = nan"), ({"clip": math.nan}, "clip = nan"),
+    ({"schedule_min": math.nan}, "schedule_min = nan"),
 ])
 def test_bad_settings(arguments, word):
-    """Catches: a misspelled setting that silently means something else."""
+    """Catches: a misspelled setting that silently means something else; NaN, which as a clip is no clip."""
     with pytest.raises(ValueError, match=word) as caught:
         FutureSeed(config(), **arguments)
     assert "\n" not in str(caught.value)
