@@ -15,7 +15,6 @@ import http.client
 import json
 import lzma
 import math
-import queue
 import random
 import shutil
 import struct
@@ -25,6 +24,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -62,7 +62,10 @@ LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
 SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up,
 SECONDS_TO_BEGIN = 60           # and so is one that has not begun to send the file after this time,
 SLOWEST = 20_000                # or that sends fewer bytes a second than this for as long
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError)
+SECONDS_BETWEEN_LOOKS = 0.2     # at a file that is being received
+# what zipfile raises for an archive that is damaged; OSError for a place before its beginning
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
+                   OSError)
 
 
 @dataclass(frozen=True)
@@ -215,55 +218,52 @@ def loses_question(example: Example, order: str) -> bool:
 
 # ---- files of records --------------------------------------------------------------------------------------
 
-def ask_server(url: str) -> http.client.HTTPResponse:
-    """The server's answer, once its headers are here. OSError where they do not come in time.
-
-    A timeout of urlopen starts anew with every byte that comes, so headers that come a byte a second would be
-    waited for without end. A thread waits for them, and is left behind if need be.
-    """
-    outcomes = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            outcomes.put(urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER))
-        except Exception as error:    # it belongs to the thread that asked for the file
-            outcomes.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        outcome = outcomes.get(timeout=SECONDS_TO_BEGIN)
-    except queue.Empty:
-        raise OSError(f"the server is too slow: no answer in {SECONDS_TO_BEGIN} s") from None
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
 def fetch(url: str, path: Path) -> None:
-    """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all."""
-    with ask_server(url) as answer, open(path, "wb") as file:
-        promised = int(answer.headers.get("Content-Length") or 0)
-        if promised > LARGEST_FILE:
-            raise OSError(f"it would be {promised:,} bytes")
-        progress, received = Progress(promised), 0
+    """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all.
+
+    A thread receives, and this one watches the file grow: a server can be slow in its headers too, and who
+    waits for these can look at no clock. Where the server is given up, that thread ends by itself, because the
+    file that it would write to is closed.
+    """
+    promised = None    # bytes, where the server says how many there are
+    finished = Future()
+
+    def receive() -> None:
+        nonlocal promised
+        try:
+            with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as answer:
+                promised = answer.length
+                if promised is not None and promised > LARGEST_FILE:
+                    raise OSError(f"it would be {promised:,} bytes")
+                while part := answer.read1(1 << 16):
+                    file.write(part)
+                    if file.tell() > LARGEST_FILE:
+                        raise OSError(f"the server does not stop sending, after {file.tell():,} bytes")
+            finished.set_result(None)
+        except Exception as error:    # it is for the thread that waits
+            finished.set_exception(error)
+
+    with open(path, "wb") as file:
+        progress = Progress()
         watched_since, received_then = time.monotonic(), 0
-        while part := answer.read1(1 << 16):    # read1 gives what there is; read would wait for all of it
-            file.write(part)
-            received += len(part)
-            if received > LARGEST_FILE:
-                raise OSError(f"the server does not stop sending, after {received:,} bytes")
+        threading.Thread(target=receive, daemon=True).start()
+        while not finished.done():
+            wait([finished], timeout=SECONDS_BETWEEN_LOOKS)
+            received, seconds = file.tell(), time.monotonic() - watched_since
             # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
-            seconds = time.monotonic() - watched_since
             if seconds > SECONDS_TO_BEGIN:
                 if received - received_then < SLOWEST * seconds:
-                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in the last "
+                    raise OSError(f"the server is too slow: {received - received_then:,} bytes in "
                                   f"{seconds:.0f} s")
                 watched_since, received_then = time.monotonic(), received
+            progress.total = promised
             so_far = f"{received / 1e6:.0f} MB"
-            if promised:
-                so_far += f" of {promised / 1e6:.0f} MB"
+            if promised is not None:
+                so_far = f"{received / 1e6:.0f} of {promised / 1e6:.0f} MB"
             progress.tick(received, f"downloading {path.name}: {so_far}")
-    if received < promised:
+        finished.result()    # raises what went wrong in the other thread
+        received = file.tell()
+    if promised is not None and received < promised:
         raise OSError(f"the server sent {received:,} of {promised:,} bytes")
 
 
@@ -330,6 +330,10 @@ def read_member(archive: Path, name: str) -> bytes:
             member = members.getinfo(name)
             if member.file_size > LARGEST_MEMBER:
                 raise ValueError(f"{name} would be {member.file_size:,} bytes")
+            # the other methods unpack a whole member at once, however large it turns out to be
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"the archive is damaged: {name} is compressed by method "
+                                 f"{member.compress_type}, and not as the published one")
             with members.open(member) as file:
                 # with a bound, for without one zipfile unpacks everything before it looks at the size
                 return file.read(LARGEST_MEMBER)
@@ -356,8 +360,8 @@ def find_file(task: str, split: str, assets: Path, offline: bool) -> Path:
     """The file of a task's records, downloaded if it is missing; FileNotFoundError if it cannot be had."""
     name, published = FILES[task, split]
     path = assets / name
-    sweep(path.parent)
     if path.exists():
+        sweep(path.parent)
         return path
     if task == "arc":
         download(ARC_ARCHIVE, path, lambda archive: None, offline,
@@ -516,8 +520,8 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
     if split == "validation":
         least = 2    # one difference has no spread
     if len(examples) < least:
-        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used, and "
-                         f"{counted(least, 'question')} are needed")
+        raise ValueError(f"{path} holds {counted(len(examples), 'question')} that can be used. Write at "
+                         f"least {counted(least, 'question')} there.")
     say(f"{path}: {counted(len(examples), 'question')}")
     cut = sum(example.cut for example in examples)
     if cut:

@@ -46,7 +46,7 @@ from fs import FutureSeed, answer_logits, answer_loss, prefill
 from model import RWKV7, read_tensors
 from report import analyse, plot, text_of
 from rounds import Round, expand, load_rounds, seeds_of
-from runs import CONTROLS, FOLDERS, METRICS, RUN, check_shape, naming_damage, recipe_of, seeds_on_disk
+from runs import FOLDERS, METRICS, RUN, check_shape, naming_damage, recipe_of, seeds_on_disk
 from standin import small_tokenizer
 from stats import RULE
 from tokenizer import END_OF_DOCUMENT, Tokenizer

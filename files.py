@@ -33,10 +33,9 @@ def write_line(stream: TextIO, text: str) -> None:
     text = text.encode(encoding, "backslashreplace").decode(encoding)    # a terminal may know ASCII alone
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        drop_unwritten(stream)
     except (OSError, ValueError, RuntimeError):
-        pass    # a full disk, to which a later message may get; a closed stream; a write that a signal cut
+        # the reader is gone, or the disk is full; the stream is closed; a signal came in the middle of a write
+        pass
 
 
 def drop_unwritten(stream: TextIO | None) -> None:

@@ -132,10 +132,13 @@ def setting_lines() -> list[str]:
     """Every setting on a line: its default, what it means and what it may be."""
     lines = []
     for key, field in SETTINGS.items():
-        default = "" if field.default is dataclasses.MISSING else field.default
-        bounds = bounds_of(key)
-        may_be = f" ({bounds})" if bounds else ""
-        lines.append(f"{key}={default}".lower().ljust(30) + f" {field.metadata['meaning']}{may_be}")
+        default = ""
+        if field.default is not dataclasses.MISSING:
+            default = str(field.default).lower()    # true and false, as TOML writes them
+        line = f"{key}={default}".ljust(30) + " " + field.metadata["meaning"]
+        if bounds_of(key):
+            line += f" ({bounds_of(key)})"
+        lines.append(line)
     return lines
 
 
@@ -210,14 +213,20 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     tasks = SETTINGS["task"].metadata["choices"]
+    fixed = ("task", "order")    # a round keeps them on the stand-in
     standin = table_of(tables.pop("standin", {}), f"{path}, [standin]")
     overlays = {}
     for task in tasks:
         own = table_of(standin.pop(task, {}), f"{path}, [standin.{task}]")
         overlays[task] = {key: checked(key, value, f"{path}, [standin.{task}]") for key, value in own.items()}
     overlay = {key: checked(key, value, f"{path}, [standin]") for key, value in standin.items()}
+    for key in fixed:
+        if key in overlay or any(key in own for own in overlays.values()):
+            raise ValueError(f"{path}, [standin]: a round keeps its {key} on the stand-in; leave {key} out")
     rounds, miniatures = {}, {}
     for name, table in tables.items():
+        if name == "own":
+            raise ValueError(f"{path}: no round may be called own; runs/own holds runs on a user's questions")
         if not re.fullmatch(ROUND_NAME, name):
             raise ValueError(f"{path}: a round's name may hold letters, digits, _ and - alone, and not "
                              f"{shown(name)}")

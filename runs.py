@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 from files import read_lines, read_text, say, write_json
+from model import read_pt
 from rounds import Round, checked
 
 ARMS = ("no_fs", "prompt_fs")
 METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
 # prompt_fs, once trained, is scored again with its seed states taken away, or made from a wrong prompt
-CONTROLS = {"off": "switched off", "other": "of another prompt", "shuffled": "of its prompt, end shuffled"}
+CONTROLS = {"off": "switched off", "other": "made from another prompt",
+            "shuffled": "made from its own prompt, end shuffled"}
 FOLDERS = {"real": "", "own": "own", "standin": "standin"}
 NO_MEMORY = "DefaultCPUAllocator"        # in a RuntimeError: torch has no class for memory that a CPU lacks
 
@@ -38,6 +40,9 @@ IDENTITY = {
 }
 RUN = IDENTITY | {"status": str, "steps": int, "seconds": int, "history": [SURROUNDINGS]}
 RECORD = {"id": str, "loss": float, "tokens": int, "correct": int, "exact": int, "f1": float}
+# a checkpoint holds these, and the state dicts of model, fs and optimizer
+CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
+              "records": [RECORD | {"step": int}], "history": [SURROUNDINGS]}
 
 
 class Seed(NamedTuple):
@@ -245,6 +250,33 @@ def read_seed(folder: Path) -> Seed:
         raise Damaged(f"{folder}: its arms were scored on different questions, or on one alone. Run both "
                       "again, with --fresh.")
     return Seed(runs, evaluations, controls)
+
+
+def read_checkpoint(path: Path, identity: dict, ids: list[str]) -> dict:
+    """A run's checkpoint.pt, checked; its tensors are for the caller to fit to a model.
+
+    Args: identity, of the run; ids, of its validation examples, in their order.
+    Raises: ValueError where it is damaged, another run's, or where its step, its losses and its records do not
+        belong together.
+    """
+    with naming_damage(path):
+        saved, _ = read_pt(path)
+        check_shape(saved, CHECKPOINT, "the checkpoint")
+    check_same_run(path, saved["identity"], identity)
+    with naming_damage(path):
+        losses = [line for line in saved["metrics"] if "train_loss" in line]
+        check_shape(losses, [{"train_loss": float}], "metrics")
+        trained = [line["step"] for line in losses]
+        evaluated = [line["step"] for line in saved["metrics"] if "train_loss" not in line]
+        due = list(range(0, len(trained), identity["settings"]["eval_every"]))
+        scored = [(step, id) for step in evaluated for id in ids]
+        if (trained != list(range(1, len(trained) + 1)) or len(trained) != saved["step"]
+                or evaluated not in (due, due + [saved["step"]])    # the last one is made after a save
+                or [(line["step"], line["id"]) for line in saved["records"]] != scored):
+            raise ValueError("its step, its losses and its records do not belong together")
+        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
+            raise ValueError("history or seconds has a value that cannot be")
+    return saved
 
 
 def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bool:

@@ -36,10 +36,8 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -50,103 +48,27 @@ from typing import Iterator, NamedTuple
 
 import torch
 
-import standin
-from data import (Example, batches, collate, download, fingerprint, load_examples,
-                  load_own_examples, loses_question)
+from data import Example, batches, collate, fingerprint, loses_question
 from eval import answer_budget, means_of, score
-from files import Progress, complain, counted, delete_folders, duration, owned, say, tell, write_json
+from files import Progress, complain, counted, delete_folders, owned, say, tell, write_json
 from fs import FutureSeed, answer_logits, answer_loss
-from model import RWKV7, Config, read_pt, write_pt
+from material import Material, cpu_time, own_examples, own_material, real_material, standin_material
+from model import RWKV7, write_pt
 from report import explain, log_numbers, text_of_log, write_report
 from rounds import Round, check_together, expand, load_rounds, seeds_of, setting_lines, with_settings
-from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, RECORD, SURROUNDINGS, check_comparable, check_same_run,
-                  check_shape, copy_identical_no_fs, differences, in_words, naming_damage, read_run,
-                  read_seed, status_of)
-from tokenizer import Tokenizer
+from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, check_comparable, copy_identical_no_fs, differences,
+                  in_words, naming_damage, read_checkpoint, read_run, read_seed, status_of)
 
-BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-# what a checkpoint holds beside the state dicts of model, fs and optimizer
-CHECKPOINT = {"identity": dict, "step": int, "seconds": float, "metrics": [{"step": int}],
-              "records": [RECORD | {"step": int}], "history": [SURROUNDINGS]}
 LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
-CPU_TOKENS_PER_SECOND = 300            # that one core of an AMD EPYC reads with the 0.1b model
 ORDERS = {"context_first": "the question last", "question_first": "the question first",
           "both_ends": "the question at both ends", "twice": "everything read twice"}
 SOURCES = sorted(path for path in Path(__file__).resolve().parent.iterdir() if path.suffix in (".py", ".cu"))
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
 
 
-# ---- what a seed is made from ------------------------------------------------------------------------------
-
-class Material(NamedTuple):
-    """The questions and the base model that both arms of a seed share."""
-
-    source: str                # where the questions are from: "real", "own" or "standin", see runs.py
-    train: list[Example]
-    validation: list[Example]
-    base: RWKV7                # read once: both arms start from these tensors
-    base_name: str
-    tokenizer: Tokenizer
-
-
-def real_material(recipe: Round, base: str | None, assets: Path, offline: bool) -> Material:
-    """The publishers' records and a base, downloaded where they are missing.
-
-    FileNotFoundError, with a line for every file that cannot be had.
-    """
-    missing = []
-
-    def found(load, *arguments, **named):
-        try:
-            return load(*arguments, **named)
-        except FileNotFoundError as error:
-            missing.append(str(error))
-
-    rules = dict(assets=assets, offline=offline, order=recipe.order, max_prompt=recipe.max_prompt,
-                 min_prompt=recipe.min_prompt, max_answer=recipe.max_answer, end_mark=recipe.end_mark,
-                 arc_border=recipe.arc_border)
-    train = found(load_examples, recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules)
-    validation = found(load_examples, recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
-                       **rules)
-    model = found(find_base, base or recipe.base, base is None, assets, offline)
-    if missing:
-        raise FileNotFoundError("\n".join(missing))
-    return checked_material(Material("real", train, validation, *model, Tokenizer()))
-
-
-def standin_material(recipe: Round, seed: int, assets: Path, device: torch.device) -> Material:
-    """The questions and the base of a stand-in run. The base is trained here on first use."""
-    base = standin.find_or_make_base(recipe, seed, assets, device, surroundings(device))
-    return Material("standin", standin.training_examples(recipe, seed), standin.validation_examples(recipe),
-                    base, "stand-in", standin.small_tokenizer())
-
-
-def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tuple[RWKV7, str]:
-    """A base model and its name. `choice` is a path, init or init:L12-D64, or a published file's name."""
-    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice)
-    if fresh:
-        layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
-        if width % 16:    # the width of a head, whose norm would drown what fewer channels hold
-            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
-        config = Config.published(layers, width, head_size=math.gcd(width, 64))
-        return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
-    path = assets / "weights" / choice if published else Path(choice)
-    if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline)
-    return RWKV7.load(path), path.name
-
-
-def checked_material(material: Material) -> Material:
-    """The same material; ValueError where the examples hold tokens that the base does not know."""
-    vocabulary = material.base.config.vocab_size
-    largest = max(max(example.prompt + example.answer) for example in material.train + material.validation)
-    if largest >= vocabulary:
-        raise ValueError(f"{material.base_name} has a vocabulary of {vocabulary} tokens, and the examples "
-                         f"hold token {largest}. Use a base with the RWKV World vocabulary.")
-    return material
-
+# ---- where it runs, and how it is stopped ------------------------------------------------------------------
 
 def surroundings(device: torch.device) -> dict:
     """Code version and machine. They should change only the last bits of the numbers."""
@@ -158,8 +80,6 @@ def surroundings(device: torch.device) -> dict:
                "python": platform.python_version()}
     return {"code": CODE, "machine": machine}
 
-
-# ---- one arm -----------------------------------------------------------------------------------------------
 
 class Interrupt:
     """Makes a KeyboardInterrupt of Ctrl-C and SIGTERM: at once or, while it waits, after the next save."""
@@ -189,6 +109,8 @@ class Interrupt:
         finally:
             self.waits = before
 
+
+# ---- one arm -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Experiment:
@@ -352,10 +274,8 @@ class Arm:
         """Go on from the folder's checkpoint, if there is one. ValueError if it is damaged or another's."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
-            with naming_damage(path):
-                saved, _ = read_pt(path)
-                check_shape(saved, CHECKPOINT, "the checkpoint")
-            check_same_run(path, saved["identity"], self.identity)
+            ids = [example.id for example in self.experiment.material.validation]
+            saved = read_checkpoint(path, self.identity, ids)
             with naming_damage(path):
                 self.take_over(saved)
             say(f"{self.name}: going on from step {self.step}")
@@ -371,10 +291,7 @@ class Arm:
             self.history.append({"from_step": self.step, **here})
 
     def take_over(self, saved: dict) -> None:
-        """Load a checkpoint's contents. An error of any type where they do not fit this arm."""
-        if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
-            raise ValueError("history or seconds has a value that cannot be")
-        self.check_progress(saved["step"], saved["metrics"], saved["records"])
+        """Load a checkpoint's contents. An error of any type where its tensors do not fit this arm."""
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
             self.fs.load_state_dict(saved["fs"])
@@ -386,22 +303,8 @@ class Arm:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
 
-    def check_progress(self, step: int, metrics: list[dict], records: list[dict]) -> None:
-        """ValueError unless there is a loss for every step, and a record an example for every evaluation."""
-        losses = [line for line in metrics if "train_loss" in line]
-        check_shape(losses, [{"train_loss": float}], "metrics")
-        trained = [line["step"] for line in losses]
-        evaluated = [line["step"] for line in metrics if "train_loss" not in line]
-        due = list(range(0, len(trained), self.recipe.eval_every))
-        ids = [example.id for example in self.experiment.material.validation]
-        scored = [(place, id) for place in evaluated for id in ids]
-        if (len(trained) != step or trained != list(range(1, len(trained) + 1))
-                or evaluated not in (due, due + [step])    # the last one is made after a save
-                or [(line["step"], line["id"]) for line in records] != scored):
-            raise ValueError("its step, its metrics and its records do not belong together")
-
     def check_moments(self, step: int) -> None:
-        """An error of any type unless the optimizer has the moments of `step` steps for all that is trained."""
+        """An error of any type unless the optimizer has moments of `step` steps for all that is trained."""
         parameters = list(self.model.parameters())
         if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
             parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
@@ -485,7 +388,7 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
     folder = args.runs / FOLDERS[source] / recipe.name / f"seed{seed}"
     with owned(folder) as check_owner:
         if source == "standin":
-            material = standin_material(recipe, seed, args.assets, device)
+            material = standin_material(recipe, seed, args.assets, device, surroundings(device))
             minutes = None    # its questions are made for its steps
         experiment = Experiment(recipe, seed, material, minutes, device, folder)
         identity = experiment.identity()
@@ -604,20 +507,6 @@ def make_reproducible(device: torch.device) -> None:
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 
 
-def cpu_time(recipe: Round, arms: list[str], tokens: float) -> str:
-    """About how long a seed takes on one core of a CPU with the 0.1b model, in words.
-
-    Args: tokens, of a prompt on average. A training step costs about 3 forward passes, or 4 with activation
-    checkpointing.
-    """
-    passes = 4 if recipe.checkpoint_activations else 3
-    evaluations = 1 + math.ceil(recipe.steps / recipe.eval_every)
-    prompts = len(arms) * (passes * recipe.steps * recipe.batch_size + evaluations * recipe.n_val)
-    if "prompt_fs" in arms:
-        prompts += len(CONTROLS) * recipe.n_val
-    return duration(prompts * tokens / CPU_TOKENS_PER_SECOND)
-
-
 def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namespace) -> None:
     """Say what is about to happen, before the first slow thing. `lines` are about the source."""
     budget = counted(recipe.steps, "step")
@@ -630,26 +519,6 @@ def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namesp
     say("\n  ".join(lines))
 
 
-def own_material(recipe: Round, args: argparse.Namespace) -> Material:
-    """A user's own questions, as many as there are up to n_train and n_val, and a base for them."""
-    if recipe.task != "hotpotqa":
-        raise ValueError(f"--data asks in HotpotQA's form, and {recipe.name} is a round of ARC-Challenge. "
-                         "Use a round of HotpotQA, such as S20.")
-    rules = dict(order=recipe.order, max_prompt=recipe.max_prompt, min_prompt=recipe.min_prompt,
-                 max_answer=recipe.max_answer, end_mark=recipe.end_mark)
-    train = load_own_examples(args.data, "train", n=recipe.n_train, **rules)
-    validation = load_own_examples(args.data, "validation", n=recipe.n_val, **rules)
-    recipe = dataclasses.replace(recipe, n_val=len(validation))
-    lines = [f"OWN DATA, {args.data}: {counted(len(train), 'question')} to train on"]
-    if args.device == "cpu" and args.base is None:
-        tokens = sum(len(example.prompt) for example in train) / len(train)
-        lines.append(f"this takes about {cpu_time(recipe, args.arms, tokens)} a seed on one core of a CPU; a "
-                     "smaller --base takes less")
-    announce(recipe, "own", lines, args)
-    base, name = find_base(args.base or recipe.base, args.base is None, args.assets, args.offline)
-    return checked_material(Material("own", train, validation, base, name, Tokenizer()))
-
-
 def choose_material(real: Round, small: Round,
                     args: argparse.Namespace) -> tuple[str, Round, Material | None]:
     """Where a round's questions come from, the recipe for that source, and the material that its seeds share.
@@ -659,7 +528,16 @@ def choose_material(real: Round, small: Round,
     """
     if args.data:
         check_together(real, "these settings")
-        return "own", real, own_material(real, args)
+        train, validation = own_examples(real, args.data)
+        recipe = dataclasses.replace(real, n_val=len(validation))
+        lines = [f"OWN DATA, {args.data}: {counted(len(train), 'question')} to train on"]
+        if args.device == "cpu" and args.base is None:
+            tokens = sum(len(example.prompt) for example in train) / len(train)
+            lines.append(f"this takes about {cpu_time(recipe, args.arms, tokens)} a seed on one core of a CPU; "
+                         "a smaller --base takes less")
+        announce(recipe, "own", lines, args)
+        material = own_material(real, (train, validation), args.base, args.assets, args.offline)
+        return "own", real, material
     slow = args.device == "cpu" and args.base is None
     # real prompts are about 1.25 times min_prompt long, and ARC's a seventh of max_prompt
     tokens = max(1.25 * real.min_prompt, real.max_prompt / 7)

@@ -42,8 +42,9 @@ def wkv(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The operator in its fastest form for these inputs. Shapes and dtypes are those of wkv_reference.
 
     log_w must be in (-0.6066, 0]; for any other decay use wkv_reference. Raises ValueError as wkv_reference
-    does, and on a CPU also where log_w is out of this range. On a GPU nothing looks at log_w, because
-    a look would wait for the GPU: a log_w out of range gives wrong numbers there.
+    does, and on a CPU also where log_w is out of this range; a NaN passes, and gives NaN. Nothing looks at
+    log_w where a look would cost something: up to 3 tokens, which are right with any decay, and on a GPU,
+    which a look would wait for and where a log_w out of range gives wrong numbers.
     """
     if _kernels_for(v) is None:
         return wkv_chunked(r, log_w, k, v, a, b, state)
@@ -126,10 +127,10 @@ def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     For its backward it keeps about 13 N numbers a token and head. It cannot be differentiated twice.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)
-    if log_w.device.type == "cpu":
-        _check_decay(log_w)
     if v.shape[1] <= SHORT:
         return wkv_reference(*inputs, state)
+    if log_w.device.type == "cpu":
+        _check_decay(log_w)
     return _Chunked.apply(state, *inputs)
 
 

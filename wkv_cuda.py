@@ -16,8 +16,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +39,7 @@ ENTRY_POINTS = ("wkv_forward", "wkv_backward_chain", "wkv_backward", "wkv_token_
 HEAD_SIZES = (16, 32, 64, 128)
 OUTPUTS = ("y", "state", "dr", "dlog_w", "dk", "dv", "da", "db", "dstate")
 MAX_B = 65535  # what the second dimension of a grid may be
+MOST_ARGUMENTS = 20  # of a kernel: those of wkv_backward
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -236,8 +239,9 @@ def compile_source(source: bytes, options: tuple[str, ...]) -> bytes:
 
 # ---- launching ---------------------------------------------------------------------------------------------
 #
-# a call of a model's size keeps the GPU busy for less time than Python takes to make it. So what is here has
-# no step that it could do without: no conversion that changes nothing, and no autograd without gradients.
+# For a small model the GPU may finish a call in less time than Python takes to make it. So there is no step
+# here that a call can do without: no conversion that changes nothing, no autograd where no gradient is asked
+# for, and no array of ctypes made anew.
 
 def run(kernels: Kernels, r, log_w, k, v, a, b, state, differentiate: bool) -> tuple[Tensor, Tensor]:
     """y and the final state, of checked inputs. differentiate: keeps what a backward needs; chunked only."""
@@ -324,17 +328,30 @@ def _launch(kernels: Kernels, name: str, like: Tensor, blocks: int, threads: int
         if isinstance(x, Tensor):
             x = x.data_ptr()
         values.append(x or 0)
-    # cuLaunchKernel wants an array of addresses, one for each value. Every value has eight bytes of its own;
-    # of an int the kernel reads the first four, which are the low ones on every machine that CUDA runs on
-    array = ctypes.c_uint64 * len(values)
-    values = array(*values)
-    start = ctypes.addressof(values)
-    addresses = array(*range(start, start + ctypes.sizeof(values), 8))
-    with torch.cuda.device(like.device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(like.device).cuda_stream)
+    struct.pack_into(f"={len(values)}Q", _room.values, 0, *values)
+    device = like.device
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         driver("cuCtxSetCurrent", kernels.context)  # a thread of autograd's may not have one yet
         driver("cuLaunchKernel", kernels.functions[name], H, B, blocks, threads, 1, 1, kernels.shared[name],
-               stream, addresses, None, kernel=name)
+               stream, _room.addresses, None, kernel=name)
+
+
+class _Room(threading.local):
+    """Where a thread puts the arguments of a launch, which the driver copies before it returns. To make these
+    arrays anew would take as long as the launch.
+
+    cuLaunchKernel wants an array of addresses, one for each value. Every value has eight bytes of its own;
+    of an int the kernel reads the first four, which are the low ones on every machine that CUDA runs on.
+    """
+
+    def __init__(self):
+        self.values = (ctypes.c_uint64 * MOST_ARGUMENTS)()
+        start = ctypes.addressof(self.values)
+        self.addresses = (ctypes.c_uint64 * MOST_ARGUMENTS)(*range(start, start + 8 * MOST_ARGUMENTS, 8))
+
+
+_room = _Room()
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ class Driver:
         if self.context != 77:
             return 201  # CUDA_ERROR_INVALID_CONTEXT
         self.context = None  # the next launch may come from another thread
+        addresses = type(addresses)(*addresses)  # a copy, which a fault may change
         return kernel.start(name, (x, y, z), threads, shared, self.spoil(name, addresses))
 
 

@@ -169,7 +169,7 @@ def test_records_depend_on_nothing_but_their_example(model, fs, batch_size, orde
        task=st.sampled_from(["hotpotqa", "arc"]))
 @settings(deadline=None, max_examples=15)
 def test_what_a_model_writes_does_not_depend_on_the_gold(model, fs, answers, task):
-    """Whatever the gold answers are, and however long, the model writes the same text and takes the same option.
+    """Whatever the gold answers are, and however long, the text and the option of a record are the same.
 
     Catches: decoding that stops after as many tokens as the gold has, which told the model how long to write.
     """
@@ -304,8 +304,8 @@ def test_an_answer_is_the_line_that_the_model_writes(world, written, gold, exact
 
 
 def test_real_golds_score_as_the_official_script_says(world, shared):
-    """Every real gold is right after an article, with other capitals, and with whatever stands on later lines;
-    it is not exactly right with more words on its line. All golds but one fit the budget.
+    """Every real gold is right after an article, in lower case, and whatever stands on later lines; with more
+    words on its line it is not exactly right. All golds but one fit the budget.
 
     Catches: a budget under which a long gold can never match, and one that depends on the gold.
     """
@@ -424,8 +424,8 @@ def chain_model(tokenizer, vocab_size, *chains):
 def test_ask_answers_with_the_future_seed_of_the_run(tmp_path, asked, capsys, world):
     """The answer is that of the prompt in the round's form, with the seed states that the run trained.
 
-    Catches: an answer without Future-Seed, or with a gate as it was before training; a checkpoint that is
-    copied elsewhere with its run.json and fs.pth and is asked otherwise; an error that does not name its file.
+    Catches: an answer without Future-Seed, or with a gate as it was before training; another answer where a
+    run's folder was copied elsewhere; an error that does not name its file.
     """
     model = RWKV7.init(Config.published(2, 16, 16, 65536), seed=3)
     with torch.no_grad():
@@ -503,8 +503,8 @@ def test_ask_puts_arcs_question_as_the_run_did(tmp_path, asked, world, border, a
 
 
 def test_ask_refuses_a_model_of_another_vocabulary(tmp_path, capsys):
-    """Catches: noise from a model that was trained with another tokenizer, as the Pile's with 50,304 tokens, or
-    from a stand-in's without its run.json."""
+    """Catches: noise from a model that was trained with another tokenizer, as the Pile's with 50,304 tokens,
+    or from a stand-in's without its run.json."""
     for size in (50_304, len(small_tokenizer().tokens)):
         RWKV7.init(Config.published(1, 16, 16, size), seed=3).save(tmp_path / "model.pth")
         error = refusal(capsys, main, ["--ask", "x", "--checkpoint", tmp_path / "model.pth"])
@@ -512,7 +512,7 @@ def test_ask_refuses_a_model_of_another_vocabulary(tmp_path, capsys):
 
 
 def test_how_much_a_model_may_write():
-    """Catches: a budget that a stand-in's single token or ARC's label outgrows, or that has no room to spare."""
+    """Catches: more than one token for ARC's label or a stand-in's word, a budget without room to spare."""
     assert answer_budget(REAL["R2"], "real") == answer_budget(STANDIN["S20"], "standin") == 1
     assert answer_budget(REAL["S20"], "real") == answer_budget(REAL["S20"], "own") == 32
 

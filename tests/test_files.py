@@ -16,8 +16,8 @@ import pytest
 import files
 from conftest import ROOT
 from fake_runs import write_runs
-from files import (Progress, atomic_write, complain, counted, delete_folders, duration, owned, read_lines, say,
-                   tell, write_json)
+from files import (Progress, atomic_write, complain, counted, delete_folders, duration, owned, read_lines,
+                   say, tell, write_json)
 
 
 @contextlib.contextmanager
@@ -56,8 +56,8 @@ class Interrupted(io.StringIO):
 @pytest.mark.parametrize("stream", [
     broken_pipe, closed_stream, Interrupted, lambda: open("/dev/full", "w"), lambda: None])
 def test_a_message_that_cannot_be_written_is_dropped(monkeypatch, stream):
-    """Catches: a run of thirty hours that ends because its terminal went away or the disk of its log filled up,
-    and a Ctrl-C during a slow write that ends in a traceback."""
+    """Catches: a run of thirty hours that ends because its terminal went away or the disk of its log filled
+    up, and a Ctrl-C during a slow write that ends in a traceback."""
     monkeypatch.setattr(sys, "stderr", stream())
     monkeypatch.setattr(sys, "stdout", stream())
     for _ in range(3):
@@ -100,7 +100,7 @@ def test_the_time_left_is_what_the_work_still_takes(monkeypatch, capsys):
     """At 2 s a unit of work, on a clock of our own, the time left is twice what is left, wherever it began.
 
     Catches: a time left that is of the work done, that counts units of an earlier process as done in this
-    one's time, that appears where the end is not known, or turns negative at the end; and a line at every step.
+    one's time, that appears where the end is not known, or turns negative at the end; a line at every step.
     """
     now = [100.0]
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
@@ -148,7 +148,7 @@ def test_a_reader_that_goes_away_ends_a_listing_quietly(tmp_path, script, argv):
 def test_ctrl_c_in_the_first_second_is_a_stop(tmp_path, script, moments):
     """Ctrl-C while a command imports torch, whose modules Python names as they come, is one line.
 
-    Catches: a traceback from inside some library. (Before the first of our lines runs, Python itself answers.)
+    Catches: a traceback from inside some library. (Before the first of our lines, Python itself answers.)
     """
     for moment in moments:
         command = [sys.executable, "-X", "importtime", str(ROOT / script), "--runs", str(tmp_path)]

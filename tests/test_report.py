@@ -1,6 +1,6 @@
-"""report.py: are the numbers those of the records, and does a reader learn what must be known before reading them?
+"""report.py: are the numbers those of the records, and does a reader learn first what must be known?
 
-The runs are fakes with drawn scores (fake_runs.py). What a damaged folder does to a report is in test_runs.py.
+The runs are fakes with drawn scores (fake_runs.py). What damage does to a report is in test_runs.py.
 """
 
 import json
@@ -14,12 +14,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import eval as eval_py
 from eval import main, score
 from fake_runs import (REAL, STANDIN, change_lines, change_run, change_text, read_lines, save, write_lines,
                        write_runs)
-from fs import FutureSeed
+from fs import FutureSeed, prefill
 from report import analyse, explain, log_numbers, text_of_log, write_report
-from runs import ARMS, CONTROLS, METRICS
+from runs import ARMS, CONTROLS, FOLDERS, METRICS
 from standin import chance, fresh_model, small_tokenizer, validation_examples
 from stats import judge
 
@@ -48,8 +49,9 @@ def as_written(folder, arm, seeds, part="records", **kind):
 
 @pytest.mark.parametrize("seeds", [[4], [0, 1, 2], list(range(7))])
 def test_the_numbers_are_those_of_the_records(tmp_path, capsys, seeds):
-    """Catches: the wrong evaluation, swapped arms, a sample deviation, means over tokens, an interval of another
-    metric or of a wrong width, numbers that are no JSON, and a verdict or a p of fewer than six seeds."""
+    """Catches: the wrong evaluation, swapped arms, a sample deviation, means over tokens, an interval of
+    another metric or of a wrong width, numbers that are no JSON, and a verdict or a p of fewer than six
+    seeds."""
     folder = write_runs(tmp_path, seeds=seeds, shift=0.2, settings={"steps": 10})
     result, = strict_json(report_of(capsys, "R8", "--json", "--runs", tmp_path).out)["rounds"]
     without, with_fs = (as_written(folder, arm, seeds, step=10) for arm in ARMS)
@@ -78,7 +80,8 @@ def test_the_numbers_are_those_of_the_records(tmp_path, capsys, seeds):
         assert verdict == "inconclusive" and not any(known)
         assert f"{len(seeds)} of the 6 seeds" in out and not re.search(r"\bp \d", out)
     else:
-        assert all(known) and np.allclose(result["interval"], [low, high]) and f"[{low:+.4f}, {high:+.4f}]" in out
+        assert all(known) and np.allclose(result["interval"], [low, high])
+        assert f"[{low:+.4f}, {high:+.4f}]" in out
     assert "  F1 " in out and "with its seed states of another prompt: 0." in out
     assert "prompts of up to 4096 tokens" in out
 
@@ -98,7 +101,7 @@ def test_registered_is_what_was_registered(tmp_path, capsys):
     """
     assert STANDIN["S20"].primary and STANDIN["S20"].registered == tuple(range(20, 40))
     runs = tmp_path / "standin"
-    write_runs(tmp_path, "S20", [*range(6), *range(20, 40)], 4, source="standin", shift=0.45)
+    write_runs(tmp_path, "S20", [*range(6), *range(20, 40)], 4, source="standin", shift=0.45, steps=2)
     for seeds, words in (("20-39", "(registered)"), ("39,20-38", "(registered)"), ("0-5", "(exploratory)"),
                          ("20-38", "(exploratory)"), ("5,20-39", "(exploratory)")):
         out = report_of(capsys, "S20", "--seeds", seeds, "--runs", tmp_path).out
@@ -108,7 +111,7 @@ def test_registered_is_what_was_registered(tmp_path, capsys):
     for source, changes in (("standin", {"settings": {"lr": 0.003}}), ("real", {}), ("own", {}),
                             ("standin", {"minutes": 8.0})):
         place = tmp_path / f"{source}-{'-'.join(changes)}"
-        folder = write_runs(place, "S20", range(20, 40), 4, source=source, **changes)
+        folder = write_runs(place, "S20", range(20, 40), 4, source=source, steps=2, **changes)
         assert analyse(folder)["primary"] is False, (source, changes)
 
 
@@ -119,7 +122,7 @@ def test_p_values_are_corrected_for_their_number(tmp_path, capsys):
     count, and jumps counted in the wrong arm.
     """
     for name, seeds in (("R6", range(7)), ("S20", range(20, 40)), ("R2", range(7)), ("R8", range(3))):
-        write_runs(tmp_path, name, seeds, shift=0.49, source="standin")
+        write_runs(tmp_path, name, seeds, shift=0.49, source="standin", steps=2)
     out = report_of(capsys, "R6", "S20", "R2", "R8", "--runs", tmp_path).out
     assert p_in_words(out) == {"R6": "p 0.031 (Holm, 2 rounds)", "S20": "p 1.9e-06 (registered)",
                                "R2": "p 0.031 (Holm, 2 rounds)", "R8": None}
@@ -137,8 +140,8 @@ def before_numbers(capsys, *argv):
 
 
 def test_what_a_reader_must_know_stands_before_the_numbers(tmp_path, capsys):
-    """Catches: runs on the stand-in, of other settings, bases, budgets, code or machines that read like the real
-    thing; runs like the round's own that read otherwise."""
+    """Catches: runs on the stand-in, of other settings, bases, budgets, code or machines that read like the
+    real thing; runs like the round's own that read otherwise."""
     mine = {"name": "init:L2-D64", "sha256": None}
     folder = write_runs(tmp_path, base=mine, minutes=8.0, settings={"steps": 10, "lr": 1e-3})
     there = {"code": "c0de", "machine": {"threads": 1}}
@@ -159,8 +162,8 @@ def test_what_a_reader_must_know_stands_before_the_numbers(tmp_path, capsys):
     write_runs(tmp_path / "made up", "R2", source="standin")
     out = report_of(capsys, "R2", "--runs", tmp_path / "made up").out
     assert "ON THE STAND-IN, made-up questions" in out.partition("metric")[0]
-    for words in ("changed", "ANOTHER BASE", "another machine", "prompts of up to", "  F1 ", "  EM ", "minutes",
-                  "end mark"):
+    for words in ("changed", "ANOTHER BASE", "another machine", "prompts of up to", "  F1 ", "  EM ",
+                  "minutes", "end mark"):
         assert words not in out, words
     write_runs(tmp_path / "real", "R2")
     out = report_of(capsys, "R2", "--runs", tmp_path / "real").out
@@ -212,7 +215,7 @@ def test_what_cannot_be_used_hides_nothing(tmp_path, capsys):
         change_run(unlike / "seed1" / arm, minutes=8.0)
     out, err = report_of(capsys, "--runs", tmp_path, code=2)
     first, second = err.splitlines()
-    assert first.startswith(f"error: {unlike}: seeds 0 and 1 cannot be compared: minutes is None in seed 0, 8.0")
+    assert first.startswith(f"error: {unlike}: seeds 0 and 1 cannot be compared: minutes is None in seed 0")
     assert second.startswith(f"error: {folder / 'seed0/no_fs/records.jsonl'} is damaged")
     assert "R8: " in out and "1 seed on 30 questions" in out and "R6: " not in out
     err = report_of(capsys, "R7", "--runs", tmp_path, code=2).err
@@ -221,8 +224,8 @@ def test_what_cannot_be_used_hides_nothing(tmp_path, capsys):
 
 
 def test_reports_of_every_round(tmp_path, capsys, monkeypatch):
-    """Catches: a crash on any round's shape, a part of R9 that is lost, and runs of the stand-in or of own data
-    that are only found where they are pointed at."""
+    """Catches: a crash on any round's shape, a part of R9 that is lost, and runs of the stand-in or of own
+    data that are only found where they are pointed at."""
     monkeypatch.chdir(tmp_path)
     for name in REAL:
         write_runs("runs", name, [0, 1], 4, settings={"steps": 2})
@@ -267,22 +270,26 @@ FORMS = {(recipe.task, recipe.order): name for name, recipe in STANDIN.items()} 
 
 
 @pytest.mark.parametrize("name", FORMS.values())
-def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, name):
+def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, monkeypatch, name):
     """The explanation of a stand-in run ends with a command for each arm, which works when it is pasted, and
     gives the answer that the explanation gave for this arm.
 
-    Catches: a prompt that has lost its line breaks, facts or question, the other arm's model, an answer without
-    the trained seed states, a path that a shell takes apart, the chance of a guess by another task or length.
+    Catches: a prompt that has lost its line breaks, facts or question, the other arm's model, an answer
+    without the trained seed states, a path that a shell takes apart, and the chance of a guess by another
+    task or number of facts.
     """
     recipe = replace(STANDIN[name], facts=3, n_val=8, channels=16, alpha_init=3.0, fs_layer_start=1)
     validation = validation_examples(recipe)
-    folder = write_runs(tmp_path / "my runs", name, [1], 2, source="standin", settings=recipe.settings()) / "seed1"
+    changed = recipe.settings()
+    folder = write_runs(tmp_path / "my runs", name, [1], 2, source="standin", settings=changed) / "seed1"
     models = {arm: fresh_model(recipe.channels, seed) for seed, arm in enumerate(ARMS, start=3)}
     fs = {"no_fs": None, "prompt_fs": FutureSeed(models["prompt_fs"].config, **recipe.fs_settings())}
+    answers = {}
     for arm in ARMS:
         records = score(models[arm], validation, fs[arm], batch_size=4, device="cpu", step=recipe.steps,
                         tokenizer=small_tokenizer(), max_new=1)
         write_lines(folder / arm / "records.jsonl", records)
+        answers[arm] = {record["id"]: record["text"] for record in records}
         save(models[arm], folder / arm / "model.pth")
     save(fs["prompt_fs"], folder / "prompt_fs/fs.pth")
     write_lines(folder / "prompt_fs/controls.jsonl",
@@ -292,9 +299,19 @@ def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, name)
     commands = re.findall(r"^ *python eval\.py (.*)$", text, re.M)
     said = re.search(r'In one of them "(.*)" is right. no_fs says "(.*)", prompt_fs says "(.*)"\.', text)
     assert len(commands) == 2 and said[2] != said[3]
+    prompts = []
+
+    def keep_prompt(model, tokens, **more):
+        prompts.append(tokens[0].tolist())
+        return prefill(model, tokens, **more)
+
+    monkeypatch.setattr(eval_py, "prefill", keep_prompt)    # these models answer much alike whatever they read
     for command, arm, answer in zip(commands, ARMS, said.groups()[1:], strict=True):
         assert f"{arm}/model.pth" in command
         assert report_of(capsys, *shlex.split(command)).out == f"{answer}\n"
+    apart = [example.prompt for example in validation
+             if answers["no_fs"][example.id] != answers["prompt_fs"][example.id]]
+    assert prompts == [apart[0], apart[0]]
 
 
 def test_the_explanation_says_what_came_out(tmp_path):
@@ -327,8 +344,9 @@ def test_the_explanation_says_what_came_out(tmp_path):
         return explain(analyse(folder), 1, validation, folder / "seed1")
 
     text = explained({"no_fs": 5, "prompt_fs": 12}, off=4)
-    for words in ("Seed 1 in words: 20 questions on 4 facts each", "Without Future-Seed 25% of the answers are "
-                  "right, with it 60%", "switched off after training, prompt_fs answers 20% right",
+    for words in ("Seed 1 in words: 20 questions on 4 facts each",
+                  "Without Future-Seed 25% of the answers are right, with it 60%",
+                  "switched off after training, prompt_fs answers 20% right",
                   "So its answers depend on the seed states.", "The arms answer 17 questions differently.",
                   f'In one of them "{validation[0].text}" is right. no_fs says "nothing", prompt_fs says '
                   f'"{validation[0].text}".', "One seed decides nothing"):
@@ -377,56 +395,73 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_picture_shows_every_seed(tmp_path, capsys, drawn, case):
-    """Every score and every loss of every seed is drawn at its place, a title says whose questions these are, and
-    nothing lies over anything else or beyond the edge.
-
-    Catches: a seed or an arm that is lost, a metric of another, the chance of a guess in another form, a legend
-    over a label, runs of the stand-in that look like the real thing, a scale that one bad step decides.
-    """
+def draw(tmp_path, capsys, case):
+    """Fake runs of a case, in which one step of training went wrong, drawn by the command."""
     for name, seeds, source in CASES[case]:
         shift = 0.5 if len(seeds) == 12 else 0.2
         folder = write_runs(tmp_path, name, seeds, 12, source=source, shift=shift, settings={"steps": 40})
-        spoilt = read_lines(folder / f"seed{seeds[0]}" / "no_fs/metrics.jsonl")
-        spoilt[7]["train_loss"], spoilt[9]["train_loss"] = 1e6, math.nan
-        write_lines(folder / f"seed{seeds[0]}" / "no_fs/metrics.jsonl", spoilt)
-    path = tmp_path / "pictures/all.png"
+        metrics = folder / f"seed{seeds[0]}" / "no_fs/metrics.jsonl"
+        lines = read_lines(metrics)
+        lines[7]["train_loss"], lines[9]["train_loss"] = 1e6, math.nan
+        write_lines(metrics, lines)
+    path = tmp_path / "picture.png"
     names = [name for name, _, _ in CASES[case]]
     captured = report_of(capsys, *names, "--plot", path, "--runs", tmp_path)
     assert captured.err == f"{path} is drawn\n" and "verdict" in captured.out
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and [p.name for p in path.parent.iterdir()] == ["all.png"]
-    width, height = struct.unpack(">II", path.read_bytes()[16:24])
-    figure, = drawn
-    box = figure.bbox
-    assert (width, height) == (round(box.width * 1.1), round(box.height * 1.1))
-    for boxes in extents(figure):
-        assert all(0 <= b.x0 and b.x1 <= box.width and 0 <= b.y0 and b.y1 <= box.height for b in boxes)
-        for place, one in enumerate(boxes):
-            assert not any(one.overlaps(other) for other in boxes[:place])
-    for (name, seeds, source), scores, losses in zip(CASES[case], figure.axes[::2], figure.axes[1::2], strict=True):
-        whose = {"real": "", "own": "OWN DATA", "standin": "ON THE STAND-IN"}[source]
-        assert scores.get_title().startswith(name) and whose in scores.get_title()
-        result = analyse(tmp_path / {"real": "", "own": "own", "standin": "standin"}[source] / name)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_picture_shows_every_seed(tmp_path, capsys, drawn, case):
+    """Every score and every loss of every seed is drawn at its place, and a title says whose questions these
+    are.
+
+    Catches: a seed or an arm that is lost, a metric or control of another, the chance of a guess where nobody
+    guesses, runs of the stand-in that look like the real thing, a scale that one bad step decides.
+    """
+    draw(tmp_path, capsys, case)
+    panels = drawn[0].axes
+    for (name, seeds, source), scores, losses in zip(CASES[case], panels[::2], panels[1::2], strict=True):
+        result = analyse(tmp_path / FOLDERS[source] / name)
+        title = {"real": name, "own": f"{name}, OWN DATA", "standin": f"{name}, ON THE STAND-IN"}[source]
+        assert scores.get_title().startswith(f"{title}, {len(seeds)} seed")
         rows = [label.get_text() for label in scores.get_yticklabels()]
-        expected_rows = ["acc"] if source == "standin" else ["acc", "EM", "F1"]
-        if name == "R2":
-            expected_rows = ["acc", "EM"]    # its F1 is its EM
-        assert rows == expected_rows
-        marks = {}
+        if source == "standin":
+            assert rows == ["acc"]
+        elif name == "R2":
+            assert rows == ["acc", "EM"]    # its F1 is its EM
+        else:
+            assert rows == ["acc", "EM", "F1"]
+        marks = {}    # mark and row -> scores
         for line in scores.lines:
-            if line.get_marker() in ("o", "D"):
-                marks[line.get_marker(), round(float(line.get_ydata()[0]))] = list(line.get_xdata())
+            marks[line.get_marker(), round(float(line.get_ydata()[0]))] = list(line.get_xdata())
         for place, metric in enumerate(rows):
             for mark, arm in (("o", "no_fs"), ("D", "prompt_fs")):
                 assert marks[mark, place] == [line[metric][arm] for line in result["per_seed"]]
-        guesses = {line.get_xdata()[0] for line in scores.lines if line.get_linestyle() == ":"}
-        settings = result["settings"]
-        assert guesses == ({chance(settings["task"], settings["facts"])} if source == "standin" else set())
-        assert len(losses.lines) == 4 * len(seeds) and "cut at" in losses.get_title()
-        assert 1 < losses.get_ylim()[1] < 30 and losses.get_ylim()[0] == 0
-        for line in losses.lines[1::2]:
-            assert list(line.get_xdata()) == [0, 40]
+        assert marks["x", 0] == result["controls"]["off"]
+        guesses = [line.get_xdata()[0] for line in scores.lines if line.get_linestyle() == ":"]
+        expected = []
+        if source == "standin":
+            expected = [chance(result["task"], result["settings"]["facts"])]
+        assert guesses == expected
+        assert len(losses.lines) == 4 * len(seeds)
+        assert "cut at" in losses.get_title() and losses.get_ylim()[0] == 0 and 1 < losses.get_ylim()[1] < 30
+        for training, validation in zip(losses.lines[::2], losses.lines[1::2]):
+            assert list(training.get_xdata()) == list(range(1, 41))
+            assert list(validation.get_xdata()) == [0, 40]
+
+
+@pytest.mark.parametrize("case", ["twelve seeds near 1.0", "several rounds"])
+def test_nothing_in_a_picture_lies_over_anything_else(tmp_path, capsys, drawn, case):
+    """Catches: a legend over a label, and letters beyond the edge."""
+    png = draw(tmp_path, capsys, case)
+    box = drawn[0].bbox
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", png[16:24]) == (round(box.width * 1.1), round(box.height * 1.1))
+    for boxes in extents(drawn[0]):
+        assert all(0 <= b.x0 and b.x1 <= box.width and 0 <= b.y0 and b.y1 <= box.height for b in boxes)
+        for place, one in enumerate(boxes):
+            assert not any(one.overlaps(other) for other in boxes[:place])
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):

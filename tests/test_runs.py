@@ -18,14 +18,14 @@ import eval as eval_py
 import report
 from fake_runs import HERE, REAL, change_lines, change_run, change_text, identity_of, read_lines, write_runs
 from rounds import load_rounds
-from runs import (ARMS, CONTROLS, METRICS, RUN, check_comparable, check_shape, copy_identical_no_fs, read_round,
-                  read_run, seeds_on_disk, status_of)
+from runs import (ARMS, CONTROLS, METRICS, RUN, check_comparable, check_shape, copy_identical_no_fs,
+                  read_round, read_run, seeds_on_disk, status_of)
 
 
 # ---- types -------------------------------------------------------------------------------------------------
 
 def leaves_of(value, shape, name="it", put=None):
-    """Every place in a value for which its shape states one type, as (name, type, function that changes it)."""
+    """Every place in a value for which its shape states a type, as (name, type, function that changes it)."""
     if isinstance(shape, dict):
         for key, inner in shape.items():
             yield from leaves_of(value[key], inner, key, functools.partial(value.__setitem__, key))
@@ -103,7 +103,7 @@ def test_a_round_comes_back_as_written(tmp_path, source):
 
 
 def test_the_seeds_of_a_folder(tmp_path):
-    """Catches: seed02 read as another seed 2, a copy named seed2.old, a file, a superscript taken for a digit."""
+    """Catches: seed02 read as another seed 2, a copy named seed2.old, a file, a superscript as a digit."""
     for name in ("seed2", "seed10", "seed02", "seed-1", "seed", "seed2.old", "seed²", "seed" + 30 * "9"):
         (tmp_path / name).mkdir()
     (tmp_path / "seed3").write_text("no folder")
@@ -131,7 +131,8 @@ BIG, DEEP = "1" + 400 * "0", "[" * 100_000
 ANY_FILE = [("(?s).*", ""), ("(?s).*", "[]"), ("(?s).*", "\x00"), ("^", DEEP), (r"\}\s*$", "")]
 IN_RUN = [('"seed": 0', f'"seed": {BIG}'), ('"seed": 0', '"seed": 1'), ('"seed": 0', '"seed": "0"'),
           ('"round": "R8"', '"round": "R6"'), ('"arm": "', '"arm": "x'), ('"status"', '"other"'),
-          ('"done"', '"almost"'), ('"source": "real"', '"source": "dream"'), (r'"steps": 2000,\n "s', '"steps": -1,\n "s'),
+          ('"done"', '"almost"'), ('"source": "real"', '"source": "dream"'),
+          (r'"steps": 2000,\n "s', '"steps": -1,\n "s'),
           ('"minutes": null', '"minutes": NaN'), ('"minutes": null', '"minutes": -8'), ('"lr": ', '"rl": '),
           (r'"history": \[[^]]*\]', '"history": []'), (r'"questions_cut": 0', '"questions_cut": -1'),
           ('"lr": [^,]*', '"lr": true'), ('"task": "hotpotqa"', '"task": "chess"')]
@@ -142,7 +143,7 @@ IN_LINES += [('"tokens": 4, "correct": .', f'"tokens": 4, "correct": {BIG}'),
              ('"exact": .', '"exact": 0.5'), ('"f1": [^,]*', '"f1": 1.1'), ('"id": "q1"', '"id": null'),
              ("^(.*\n)", r"\1\1"),    # an example twice
              ("^.*\n", "")]           # an evaluation lacks one
-IN_RECORDS = [('"step": 0', '"step": []'), ('"step": 0', '"step": 2000'), ('(?s)"step": 2000', '"step": 1999')]
+IN_RECORDS = [('"step": 0', '"step": []'), ('"step": 0', '"step": 2000'), ('"step": 2000', '"step": 1999')]
 IN_CONTROLS = [('"control": "other"', '"control": "odd"'), (r'(?s)^.*?\n(?=[^\n]*"other")', "")]
 DAMAGES = ([("run.json", *damage) for damage in ANY_FILE + IN_RUN]
            + [("records.jsonl", *damage) for damage in ANY_FILE + IN_LINES + IN_RECORDS]
@@ -186,7 +187,8 @@ def test_a_pipe_is_no_file(tmp_path, file):
 
 # ---- what can be compared ----------------------------------------------------------------------------------
 
-UNLIKE = [({"settings": {"lr": 0.1}}, "settings.lr is 3e-05 .*, 0.1"), ({"minutes": 8.0}, "minutes is None .*8.0"),
+UNLIKE = [({"settings": {"lr": 0.1}}, "settings.lr is 3e-05 .*, 0.1"),
+          ({"minutes": 8.0}, "minutes is None .*8.0"),
           ({"base": {"name": "mine.pth", "sha256": "x"}}, "base.name .*mine.pth"),
           ({"data": {"train": "train", "validation": "x", "questions_cut": 0}}, "data.validation .* x"),
           ({"source": "own"}, "source is real .*own")]
@@ -211,8 +213,8 @@ def test_what_may_differ_is_told(tmp_path):
     """Catches: runs of other code or another machine averaged in silence, also where only the end of one arm
     ran there, and arms by minutes refused because one took more steps."""
     folder = write_runs(tmp_path, seeds=(0, 1), n=2, minutes=8.0)
-    change_run(folder / "seed1/prompt_fs", steps=3000, history=[
-        {"from_step": 0, **HERE}, {"from_step": 5, "code": "new", "machine": HERE["machine"] | {"threads": 2}}])
+    elsewhere = {"from_step": 5, "code": "new", "machine": HERE["machine"] | {"threads": 2}}
+    change_run(folder / "seed1/prompt_fs", steps=3000, history=[{"from_step": 0, **HERE}, elsewhere])
     change_lines(folder / "seed1/prompt_fs/records.jsonl", lambda line: {"step": line["step"] * 3 // 2})
     found, (note,), _ = read_round(folder)
     assert list(found) == [0, 1] and note.startswith("seed 1 ran on another machine or code than seed 0: ")
@@ -255,8 +257,8 @@ def test_a_run_that_could_not_be_compared_is_refused_before_it_starts(tmp_path, 
 
 
 def test_another_run_is_refused_in_one_short_line(tmp_path):
-    """Catches: a finished run overwritten by another, an order of keys taken for a difference, and an error of
-    a thousand characters or of several lines."""
+    """Catches: a finished run overwritten by another, an order of keys taken for a difference, and an error
+    of a thousand characters or of several lines."""
     folder, wanted = write_runs(tmp_path, seeds=(0,), n=2) / "seed0/no_fs", identity_of()
     change_run(folder, settings=dict(reversed(wanted["settings"].items())))
     assert status_of(folder, wanted) == "done" and status_of(folder / "seed9", wanted) == "absent"
@@ -269,7 +271,8 @@ def test_another_run_is_refused_in_one_short_line(tmp_path):
                    "data": {"train": letter * 64, "validation": letter * 64, "questions_cut": 0}}
                   for letter in "xy")
     change_run(folder, **one)
-    with pytest.raises(ValueError, match="and 1 more. Use --fresh to overwrite it, or another --runs DIR") as caught:
+    advice = "and 1 more. Use --fresh to overwrite it, or another --runs DIR"
+    with pytest.raises(ValueError, match=advice) as caught:
         status_of(folder, wanted | other)
     message = str(caught.value).replace(str(folder), "runs/standin/R8/seed0/no_fs")
     assert len(message) < 350 and "\n" not in message
@@ -324,9 +327,9 @@ def test_an_identical_arm_of_another_round_is_copied_whole_or_not_at_all(tmp_pat
 
 # JSON texts: every type, numbers out of range, text that a terminal or a path cannot take, nests
 VALUES = ["null", "true", "false", "0", "1", "-1", "2", "7", "-0.0", "0.5", "1e308", "-1e999", "NaN", BIG,
-          "1" + 5000 * "0", '""', '"x"', '"a\\nb"', '"\\ud800"', '"\\u0000"', '"\\u2028\\u001b[2J"', '"../../x"',
-          '"no_fs"', '"prompt_fs"', '"standin"', '"done"', '"running"', '"arc"', "[]", "[null]", "[[1]]", "{}",
-          '{"x": 1}', '{"train": "t"}', "[" * 400 + "]" * 400, '{"x":' * 400 + "1" + "}" * 400, DEEP,
+          "1" + 5000 * "0", '""', '"x"', '"a\\nb"', '"\\ud800"', '"\\u0000"', '"\\u2028\\u001b[2J"',
+          '"../../x"', '"no_fs"', '"prompt_fs"', '"standin"', '"done"', '"running"', '"arc"', "[]", "[null]",
+          "[[1]]", "{}", '{"x": 1}', '{"train": "t"}', "[" * 400 + "]" * 400, '{"x":' * 400 + "1" + "}" * 400, DEEP,
           '"' + 100_000 * "y" + '"']
 
 
@@ -371,7 +374,8 @@ def report_on(monkeypatch, capsys):
         if code == 0:
             assert not err and out
         else:
-            assert err.startswith("error: ") and err.count("\n") == 1 and str(culprit) in err and len(err) < 600
+            assert err.startswith("error: ") and err.count("\n") == 1 and str(culprit) in err
+            assert len(err) < 600
         if out and "--json" in more:
             json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
         return code
@@ -410,8 +414,8 @@ def test_mutated_runs_are_reported_or_refused(tmp_path, report_on):
 
 @pytest.mark.parametrize("file", ["records.jsonl", "controls.jsonl"])
 def test_mutated_records_are_reported_or_refused(tmp_path, file, report_on):
-    """The same for a line of records or controls, whose every field may hold any JSON value or be gone, and for
-    a file that is cut anywhere or whose lines are lost or come twice.
+    """The same for a line of records or controls, whose every field may hold any JSON value or be gone, and
+    for a file that is cut anywhere or whose lines are lost or come twice.
 
     Catches: a score that cannot be, averaged; an error that does not say where the damage is.
     """

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import files
+import material
 import standin
 import train
 from conftest import ROOT, refusal
-from fake_runs import HERE, change_lines, read_lines, write_lines
+from fake_runs import HERE, read_lines, write_lines
 from data import make_example
 from eval import main as eval_main
+
 from model import RWKV7
 from rounds import load_rounds
 from standin import standin_records
@@ -47,7 +48,7 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(standin, "LAYERS", 3)
     monkeypatch.setattr(standin, "pretrain", pretrain)
-    monkeypatch.setattr(train, "duration", lambda seconds: "42 hours")
+    monkeypatch.setattr(material, "duration", lambda seconds: "42 hours")
     monkeypatch.setattr(data.urllib.request, "urlopen", no_network)
     monkeypatch.setattr(data.torch.hub, "download_url_to_file", no_network)
 
@@ -187,8 +188,8 @@ def test_the_test_of_a_base_counts_right_answers():
 
 
 def test_a_base_that_does_not_learn_is_given_up(tmp_path, monkeypatch):
-    """Catches: training without end, a base kept that knows nothing, seeds that start alike, and the published
-    embedding, in whose growth all steps would go."""
+    """Catches: training without end, a base kept that knows nothing, seeds that start alike, and the
+    published embedding, in whose growth all steps would go."""
     for name, value in dict(LAYERS=1, EASY=0.0, MOST_STEPS={"arc": 2}).items():
         monkeypatch.setattr(standin, name, value)
     recipe = dataclasses.replace(SMALL["S7"], channels=16)
@@ -225,7 +226,7 @@ def test_a_base_says_what_made_it(instant, tmp_path, monkeypatch, capsys):
     path, = tmp_path.glob("standin/*.pth")
     label = path.with_suffix(".json")
     bits = path.read_bytes(), label.read_bytes()
-    same_base = dataclasses.replace(recipe, name="S2", order="question_first", steps=3, lr=1.0, alpha_init=9.0)
+    same_base = dataclasses.replace(recipe, name="S2", order="question_first", steps=3, alpha_init=9.0)
     for other in (recipe, same_base):
         again, count, said = base(other)
         assert (count, said) == (0, "") and torch.equal(weights_of(again), weights_of(first))
@@ -257,12 +258,13 @@ def test_a_base_says_what_made_it(instant, tmp_path, monkeypatch, capsys):
     (".pth", b"PK\x03\x04 no checkpoint"), (".pth", b""), (".json", b"{"), (".json", b"[]"),
     (".json", b"\xff"), (".json", b'{"code": 1}')])
 def test_a_damaged_base_is_one_line(file, content, instant, tmp_path, capsys):
-    """Catches: a traceback, an error that names neither the file nor what to do, a damaged file overwritten."""
+    """Catches: a traceback, an error that names neither the file nor what to do, a damaged file replaced."""
     assert train.main(arguments(tmp_path, "--arm", "no_fs")) == 0
     path, = tmp_path.glob(f"assets/standin/*{file}")
     path.write_bytes(content)
     error = refusal(capsys, train.main, arguments(tmp_path, "--arm", "prompt_fs"))
-    assert error.count(str(path)) == 1 and "is damaged" in error and "Delete it" in error and "\n" not in error
+    assert f"{path} is damaged" in error and error.count(str(path)) == 1
+    assert "Delete it" in error and "\n" not in error
     assert path.read_bytes() == content
 
 
@@ -301,11 +303,11 @@ def test_real_and_stand_in_runs_stand_beside_each_other(instant, tmp_path, monke
     recipe = dataclasses.replace(SMALL["S1"], steps=4, batch_size=4, n_val=8)
     base = tmp_path / "mine.pth"
     standin.fresh_model(16, 9).save(base)
-    material = train.Material("real", standin.training_examples(recipe, 1), standin.validation_examples(recipe),
-                              RWKV7.load(base), "mine.pth", TOKENS)
+    made_from = material.Material("real", standin.training_examples(recipe, 1),
+                              standin.validation_examples(recipe), RWKV7.load(base), "mine.pth", TOKENS)
     assert train.main(arguments(tmp_path)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "real_material", lambda *_: material)
+        patch.setattr(train, "real_material", lambda *_: made_from)
         assert train.main(arguments(tmp_path, "--real")) == 0
     for folder, source in (("runs", "real"), ("runs/standin", "standin")):
         run = json.loads((tmp_path / folder / "S1/seed3/no_fs/run.json").read_text())
@@ -351,12 +353,14 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, capsys):
     capsys.readouterr()
     assert train.main(command) == 0
     words = capsys.readouterr().out.partition("Seed 3 in words")[2]
-    for said in (f"8 questions on {facts} facts", f"right {standin.chance(recipe.task, facts):.0%} of the time",
+    guess = standin.chance(recipe.task, facts)
+    example = questions[1]
+    for said in (f"8 questions on {facts} facts", f"right {guess:.0%} of the time",
                  "Without Future-Seed 0% ", "with it 75%", "The arms answer 4 questions differently",
                  f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing",
-                 f"{questions[1].text} is right, no_fs says no_fs1 and prompt_fs says prompt_fs1.", "--seeds 0-5"):
+                 f'"{example.text}" is right. no_fs says "no_fs1", prompt_fs says "prompt_fs1".', "--seeds 0-5"):
         assert said in words, said
-    asked = TOKENS.decode(questions[1].prompt).split()[-2]
+    asked = TOKENS.decode(example.prompt).split()[-2]
     for arm in train.ARMS:
         assert words.count(f"{folder / arm / 'model.pth'} --ask {asked} --context ") == 1
     assert ("So its answers depend on the seed states." in words) == (off == 25)

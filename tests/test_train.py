@@ -23,17 +23,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, example, given, settings, strategies as st
 
 import data
 import eval as eval_py
 import files
+import material
+import runs
 import standin
 import train
 from conftest import ROOT, refusal
 from fake_runs import change_run, read_lines, write_runs
 from fs import answer_logits, answer_loss
-from model import RWKV7, Config, read_pt, write_pt
+
+from model import RWKV7, Config, read_pt
 from rounds import load_rounds, with_settings
 from runs import ARMS
 from tokenizer import Tokenizer
@@ -45,7 +48,7 @@ SMALL = ["steps=4", "n_train=11", "n_val=4", "batch_size=4", "eval_every=2", "lr
 @pytest.fixture(scope="module", autouse=True)
 def small_vocabulary():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (data, train):
+        for module in (data, material):
             patch.setattr(module, "Tokenizer", standin.small_tokenizer)
         yield
 
@@ -135,8 +138,8 @@ def copy_of_finished(finished, tmp_path):
 def test_a_run_leaves_what_it_promises(finished):
     """Every file that train.py's first lines name is there, and says what it should.
 
-    Catches: a file that is missing, a checkpoint left behind, a run that does not say on what it ran, code that
-    may change unseen, and a --set that is taken for the round's own recipe.
+    Catches: a file that is missing, a checkpoint left behind, a run that does not say on what it ran, code
+    that may change unseen, and a --set that is taken for the round's own recipe.
     """
     for arm in ARMS:
         folder = finished / "R2" / "seed5" / arm
@@ -208,7 +211,7 @@ def test_processes_share_rounds_and_seeds(command, tmp_path, monkeypatch):
     Catches: seeds that two processes train, or none, and fresh weights drawn from the run's seed.
     """
     words = Tokenizer()
-    monkeypatch.setattr(train, "Tokenizer", lambda: words)
+    monkeypatch.setattr(material, "Tokenizer", lambda: words)
     argv = ["--base", "init:L2-D16", "--round", "R3", "R2", "--seeds", "5-6", "--arm", "no_fs"]
     settings = ["steps=1", "n_val=2"]
     assert train.main(command(tmp_path / "one", *argv, settings=settings)) == 0
@@ -233,7 +236,7 @@ def test_a_wrong_share_of_processes_is_told(rank, size, says, command, tmp_path,
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     error = refusal(capsys, train.main, command(tmp_path))
-    assert says in error and "\n" not in error and ("whole number" in error or "less than" in error)
+    assert says in error and "\n" not in error and ("whole number" in error or "from 0 to" in error)
 
 
 # ---- stops -------------------------------------------------------------------------------------------------
@@ -288,21 +291,25 @@ def moments(command, tmp_path_factory):
 
 STOPS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 # where stops have done harm before, or would: half of all draws are of these
-SENSITIVE = ["Arm.train_step", "Arm.evaluate", "Arm.save", "Arm.write_lines", "Arm.score_controls", "Arm.finish",
-             "Arm.resume", "write_pt", "_save", "atomic_write", "owned", "write_report", "Interrupt.waiting",
-             "copy_identical_no_fs", "real_material", "RWKV7.load", "read_pt"]
+SENSITIVE = ["Arm.train_step", "Arm.evaluate", "Arm.save", "Arm.write_lines", "Arm.score_controls",
+             "Arm.finish", "Arm.resume", "write_pt", "_save", "atomic_write", "owned", "write_report",
+             "Interrupt.waiting", "copy_identical_no_fs", "real_material", "RWKV7.load", "read_pt"]
 
 
-@st.composite
-def stops_at(draw, moments):
-    """A stop: its kind, the function in which it comes, and at which of its calls."""
-    name = draw(st.sampled_from(SENSITIVE) | st.sampled_from(sorted(moments)))
-    return draw(st.sampled_from(list(STOPS))), name, draw(st.integers(1, moments.get(name, 1)))
+# a life of a run: how it is stopped, in which function, at which of its calls (0 the first, 1 the last), and
+# whether the command has --fresh
+LIFE = st.tuples(st.sampled_from(list(STOPS)), st.sampled_from(SENSITIVE) | st.integers(0, 10**6),
+                 st.floats(0, 1), st.sampled_from([False, False, False, True]))
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, command, moments, data):
+@settings(deadline=None, max_examples=4, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))
+@given(lives=st.lists(LIFE, min_size=1, max_size=2))
+@example(lives=[("INT", "Arm.evaluate", 0.3, False), ("TERM", "score", 0.5, False)])
+@example(lives=[("TERM", "Arm.train_step", 0.3, True), ("KILL", "Arm.write_lines", 0.5, False)])
+@example(lives=[("KILL", "Arm.train_step", 0.9, False), ("INT", "Arm.save", 1.0, False)])
+@example(lives=[("INT", "Arm.finish", 0.0, False), ("KILL", "atomic_write", 0.9, False)])
+def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, command, moments, lives):
     """Stopped in one or two lives, by Ctrl-C, SIGTERM or SIGKILL, in any function of the project, a run ends
     with the bytes of one that never was, once it is started for the last time.
 
@@ -315,9 +322,10 @@ def test_however_often_it_is_stopped_it_ends_with_the_same_bits(finished, comman
     run leaves for good.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(data.draw(st.integers(1, 2), label="lives")):
-            kind, name, number = data.draw(stops_at(moments), label="stop")
-            fresh = data.draw(st.integers(0, 4), label="--fresh") == 4
+        for kind, name, share, fresh in lives:
+            if isinstance(name, int):
+                name = sorted(moments)[name % len(moments)]
+            number = 1 + round(share * (moments.get(name, 1) - 1))
             argv = command(folder, *["--fresh"] * fresh)
             if kind == "KILL":
                 assert in_child(argv, profile=Moments(name, number, lambda: os._exit(9))) in (0, 9)
@@ -370,7 +378,12 @@ def stopped_at_step(argv, step):
 def test_a_second_stop_does_not_wait(command, tmp_path, monkeypatch, capsys):
     """Catches: a Ctrl-C that is ignored while a step takes minutes, and the checkpoint before it lost."""
     stopped_at_step(command(tmp_path), 2)
-    monkeypatch.setattr(train.Arm, "train_step", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+
+    def stopped_twice(self, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Arm, "train_step", stopped_twice)
     assert train.main(command(tmp_path)) == 130
     assert "once more to stop at once" in capsys.readouterr().err
     assert read_pt(tmp_path / "R2/seed5/no_fs/checkpoint.pt")[0]["step"] == 2
@@ -459,7 +472,8 @@ def wrong_checkpoints(saved: dict):
             yield changed("records", 0, key)
             yield changed("records", 0, key, to=[1])
     yield "no first evaluation", saved | {"records": saved["records"][4:]}
-    yield "an evaluation to come", saved | {"records": [{**r, "step": r["step"] + 2} for r in saved["records"]]}
+    later = [record | {"step": record["step"] + 2} for record in saved["records"]]
+    yield "an evaluation to come", saved | {"records": later}
     yield "a step more", saved | {"step": saved["step"] + 1}
     yield "a step less", saved | {"step": saved["step"] - 1}
     yield changed("identity", "seed", to=6)
@@ -467,7 +481,7 @@ def wrong_checkpoints(saved: dict):
 
 
 def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, capsys, monkeypatch):
-    """A checkpoint with other contents, about 200 ways, or that is cut or no file, is refused and stays as it is.
+    """A checkpoint with other contents, in more than 200 ways, or that is cut, is refused and stays as it is.
 
     Catches: a traceback, a negative step, a run that goes on with an optimizer, parameters or scores that are
     not its own, and a checkpoint that is overwritten though somebody may still want to look at it.
@@ -485,8 +499,8 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, c
     contents += wrong_checkpoints(saved)
     assert len(contents) > 200
     recipe = with_settings(load_rounds()[0]["R2"], SMALL)
-    material = train.choose_material(recipe, recipe, train.parse_arguments(argv))
-    monkeypatch.setattr(train, "choose_material", lambda *_: material)    # read once, for 200 lives
+    chosen = train.choose_material(recipe, recipe, train.parse_arguments(argv))
+    monkeypatch.setattr(train, "choose_material", lambda *_: chosen)    # read once, for 200 lives
     monkeypatch.setattr(train, "train_arm", lambda arm, interrupt: arm.resume())
     others = outcome(tmp_path)
     for what, content in contents:
@@ -494,7 +508,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(command, tmp_path, c
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:    # as if it had been read from the disk: to write so many takes long
-                patch.setattr(train, "read_pt", lambda path: (content, "sha256"))
+                patch.setattr(runs, "read_pt", lambda path: (content, "sha256"))
             before = path.read_bytes()
             try:
                 error = refusal(capsys, train.main, argv)
@@ -514,9 +528,9 @@ def never_trains(patch):
 
 
 def test_done_is_done_and_fresh_spares_what_is_not_its_own(copy_of_finished, command, monkeypatch, capsys):
-    """Catches: a finished run that is trained again, a checkpoint that a run killed in its last moment left for
-    good, --fresh that is not, that deletes an arm it was not asked to run, or that follows a link out of the
-    runs."""
+    """Catches: a finished run that is trained again, a checkpoint that a run killed in its last moment left
+    for good, --fresh that is not, that deletes an arm it was not asked to run, or that follows a link out of
+    the runs."""
     runs = copy_of_finished
     arms = [runs / "R2" / "seed5" / arm for arm in ARMS]
     before = outcome(runs)
@@ -539,10 +553,10 @@ def test_done_is_done_and_fresh_spares_what_is_not_its_own(copy_of_finished, com
 
 
 def test_a_seed_has_one_owner(finished, command, tmp_path, monkeypatch):
-    """While either arm is trained or scored, the same command in a second process, --fresh included, is refused
-    and touches nothing.
+    """While either arm is trained or scored, the same command in a second process, --fresh included, is
+    refused and touches nothing.
 
-    Catches: an arm deleted under a process that works on it, a lock taken too late or given back between arms.
+    Catches: an arm deleted under a process that works on it, a lock taken too late or given back too early.
     """
     for name in ("train_step", "evaluate"):
         def disturbed(self, *values, own=getattr(train.Arm, name)):
@@ -565,7 +579,8 @@ def test_a_seed_has_one_owner(finished, command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method, arms", [("train_step", ["no_fs"]), ("score_controls", ["prompt_fs"])])
 def test_a_run_whose_folder_was_deleted_leaves_the_next_one_alone(method, arms, finished, command, tmp_path,
                                                                   monkeypatch, capsys):
-    """A run's folder is deleted and another process starts there: the first says so and stops, before it writes.
+    """A run's folder is deleted and another process starts there: the first says so and stops, and writes
+    nothing more.
 
     Catches: two runs of which the one overwrites the other's work, at a save or at the end.
     """
@@ -623,15 +638,16 @@ def test_another_run_is_refused(settings, more, says, copy_of_finished, command,
 @pytest.mark.parametrize("argv", [
     ["--seed", "6", "--set", "lr=0.5"], ["--seeds", "5-6", "--fresh", "--arm", "no_fs", "--set", "lr=0.5"],
     ["--seed", "6", "--minutes", "1"], ["--seed", "6", "--base", "init:L2-D16"]])
-def test_what_could_not_be_compared_is_told_before_training(argv, copy_of_finished, command, monkeypatch, capsys):
+def test_what_could_not_be_compared_is_told_before_training(argv, copy_of_finished, command, monkeypatch,
+                                                            capsys):
     """Beside a finished seed 5, a run that no report could compare with it does not start.
 
-    Catches: tens of hours of training that end in "cannot be compared"; --fresh that deletes before it refuses.
+    Catches: tens of hours of training that end in "cannot be compared"; --fresh that deletes, then refuses.
     """
     never_trains(monkeypatch)
     before = outcome(copy_of_finished)
     if "init:L2-D16" in argv:
-        monkeypatch.setattr(train, "Tokenizer", Tokenizer)
+        monkeypatch.setattr(material, "Tokenizer", Tokenizer)
     capsys.readouterr()
     assert train.main(command(copy_of_finished, *argv)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -673,8 +689,8 @@ def test_another_machine_or_code_is_told_and_kept(key, change, command, tmp_path
 
 
 def test_an_arm_that_two_rounds_share_is_trained_once(copy_of_finished, command):
-    """Catches: the same arm trained twice, an arm of other data or another machine copied, --fresh that copies
-    instead of training. (test_runs.py has the other cases.)"""
+    """Catches: the same arm trained twice, an arm of other data or another machine copied, --fresh that
+    copies instead of training. (test_runs.py has the other cases.)"""
     runs, cpu = copy_of_finished, torch.backends.cpu
     for place, name, value in ((train, "fingerprint", lambda examples: "other"),
                                (cpu, "get_cpu_capability", lambda: "DEFAULT")):
@@ -695,7 +711,7 @@ def test_an_arm_that_two_rounds_share_is_trained_once(copy_of_finished, command)
 
 @pytest.mark.parametrize("argv, says", [
     (["--set", "step=3"], ["no setting is called 'step'"]),
-    (["--set", "steps=many"], ["steps must be int"]),
+    (["--set", "steps=many"], ["steps must be a whole number"]),
     (["--set", "n_val=1"], ["n_val", "2 or more"]),
     (["--set", "n_train=100"], ["only 16 of 16 records qualify", "lower n_train"]),
     (["--round", "R99"], ["no round is called 'R99'", "R2, R3"]),
@@ -708,7 +724,7 @@ def test_an_arm_that_two_rounds_share_is_trained_once(copy_of_finished, command)
     (["--data", "."], ["R2 is a round of ARC-Challenge", "such as S20"]),
 ])
 def test_what_cannot_be_run_is_told_at_once(argv, says, command, tmp_path, monkeypatch, capsys):
-    """Catches: a traceback, an error without its cause or its remedy, and one that comes after the training."""
+    """Catches: a traceback, an error without its cause or its remedy, one that comes after the training."""
     monkeypatch.chdir(tmp_path)
     usual = command("runs")
     (tmp_path / "file").touch()
@@ -752,7 +768,7 @@ def test_out_of_memory_says_what_to_lower(command, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("steps, says", [
     (6, "step 2 (examples standin-train"), (1, "validation loss after step 1")])
 def test_a_loss_that_is_not_a_number_stops_the_arm(steps, says, command, tmp_path, capsys):
-    """Catches: an arm that trains on after a NaN, or that keeps ruined weights as done or as its checkpoint."""
+    """Catches: an arm that trains on after a NaN, or keeps ruined weights as done or as its checkpoint."""
     error = refusal(capsys, train.main, command(tmp_path, settings=["lr=1e30", f"steps={steps}"]))
     assert says in error and "--set lr=" in error and "checkpoint is kept" in error
     folder = tmp_path / "R2/seed5/no_fs"
@@ -769,8 +785,8 @@ def make_arm(base, folder, *settings):
     rules = dict(max_prompt=256, max_answer=4, order="context_first")
     batch = [data.make_example("arc", record, standin.small_tokenizer(), **rules)
              for n in (2, 4, 7, 3, 3) for record in standin.standin_records("arc", "train", 1, n, n)]
-    material = train.Material("real", batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
-    experiment = train.Experiment(recipe, 5, material, None, torch.device("cpu"), folder)
+    made_from = material.Material("real", batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
+    experiment = train.Experiment(recipe, 5, made_from, None, torch.device("cpu"), folder)
     return train.Arm(experiment, experiment.identity() | {"arm": "prompt_fs"}), batch
 
 
@@ -825,8 +841,8 @@ def test_a_step_follows_the_recipe(settings, base, tmp_path):
 def test_minutes_are_minutes_of_training_and_their_arms_are_not_copied(command, tmp_path, monkeypatch):
     """On a clock by which a step takes 10 s, half a minute is three steps.
 
-    Catches: a budget in seconds, evaluations that count, and R9a's no_fs copied from R2's, though it depends on
-    the clock.
+    Catches: a budget in seconds, evaluations that count, and R9a's no_fs copied from R2's, though it depends
+    on the clock.
     """
     now = [0.0]
 
@@ -845,7 +861,7 @@ def test_minutes_are_minutes_of_training_and_their_arms_are_not_copied(command, 
         assert run["steps"] == 3 and run["minutes"] == 0.5 and "copied_from" not in run
 
 
-def test_the_time_left_of_a_run_that_was_stopped_is_of_its_steps_to_come(command, tmp_path, monkeypatch, capsys):
+def test_the_time_left_after_a_stop_is_of_the_steps_to_come(command, tmp_path, monkeypatch, capsys):
     """On a clock by which a step takes 10 s, a line after each step says what is left, in seconds of steps.
 
     Catches: hours that are still to come, at the end of a run that was stopped, or of an arm that was copied.
@@ -878,7 +894,8 @@ def test_own_questions_are_a_round_of_their_own(command, tmp_path, capsys):
         lines = [{"context": "\n\n".join(text for _, (text,) in record["context"]),
                   "question": record["question"], "answer": record["answer"]} for record in records]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = command(tmp_path / "runs", "--round", "R8", "--data", tmp_path, settings=["n_train=100", "n_val=50"])
+    more = ["n_train=100", "n_val=50"]
+    argv = command(tmp_path / "runs", "--round", "R8", "--data", tmp_path, settings=more)
     assert train.main(argv) == 0
     out, err = capsys.readouterr()
     folder = tmp_path / "runs/own/R8"
@@ -897,7 +914,7 @@ def test_own_questions_are_a_round_of_their_own(command, tmp_path, capsys):
 # ---- what a user sees --------------------------------------------------------------------------------------
 
 def test_list_and_help(tmp_path, capsys):
-    """Catches: a list on which stand-in, own, unfinished and finished runs look alike, or that waits at a pipe."""
+    """Catches: a list on which stand-in, unfinished and finished runs look alike, or that waits at a pipe."""
     for source in ("real", "own", "standin"):
         write_runs(tmp_path, "S20", (5,), n=2, source=source)
     change_run(tmp_path / "S20/seed5/prompt_fs", status="running", steps=4)
