@@ -10,6 +10,7 @@ Shapes: S seeds, B sequences in the test, T tokens in a sequence.
 """
 
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -179,8 +180,9 @@ def draw_all(runs: list[dict]) -> None:
               "intersection": "right", "intersection-short": "right", "needle-both": "right",
               "needle-twice": "right", "sudoku": "boards"}
     ran = [task for task in scored if any(run["task"] == task for run in runs)]
-    figure = Figure(figsize=(11, 0.5 + 2.6 * -(-len(ran) // 4)), layout="constrained")
-    panels = figure.subplots(-(-len(ran) // 4), 4, sharey=True, squeeze=False).flat
+    rows = math.ceil(len(ran) / 3)
+    figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, sharey=True, squeeze=False).flat
     for task, panel in zip(ran, panels):    # in this order, or zip would take a panel too many
         draw_curves(panel, runs, task, scored[task])
         count = sum(run["task"] == task for run in runs)
@@ -223,7 +225,7 @@ def draw_directional(runs: list[dict]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
         if len(sys.argv) != 4:
-            raise SystemExit("collect takes a file and a commit: python study/outside.py collect runs.jsonl COMMIT")
+            raise SystemExit("give a file and a commit: python study/outside.py collect runs.jsonl COMMIT")
         collect(Path(sys.argv[2]), sys.argv[3])
     else:
         results = read_runs()
