@@ -1,7 +1,7 @@
 """Tasks that others made: runs of from_scratch.py into a table and two figures.
 
     python study/from_scratch.py needle --seed 20 --out runs.jsonl    a line a run, both arms in it
-    python study/outside.py collect runs.jsonl                        -> outside.json, with code and machine
+    python study/outside.py collect runs.jsonl COMMIT                 -> outside.json, with code and machine
     python study/outside.py                                           outside.json -> table and figures
 
 outside.json holds each run's accuracy over its steps and what both arms said to the test at the end. The test
@@ -10,8 +10,8 @@ Shapes: S seeds, B sequences in the test, T tokens in a sequence.
 """
 
 import json
+import math
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,16 +42,16 @@ TITLES = {
 }
 
 
-def collect(path: Path) -> None:
-    """Every run in a file of JSON lines -> outside.json, with the code that ran it and the machine."""
+def collect(path: Path, commit: str) -> None:
+    """Every run in a file of JSON lines -> outside.json, with the commit that ran it and this machine."""
     runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     seen = [(run["task"], run["seed"]) for run in runs]
     if len(set(seen)) < len(seen):
         raise SystemExit(f"{path}: holds a task and seed twice; remove one of the two lines")
     order = list(TASKS)
     runs.sort(key=lambda run: (order.index(run["task"]), run["seed"]))
-    machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
-    lines = ",\n".join(json.dumps(run | {"machine": machine}, separators=(",", ":")) for run in runs)
+    origin = {"code": commit, "machine": f"{platform.machine()}, one thread, torch {torch.__version__}"}
+    lines = ",\n".join(json.dumps(run | origin, separators=(",", ":")) for run in runs)
     (HERE / "outside.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"{len(runs)} runs in {HERE / 'outside.json'}")
 
@@ -180,8 +180,9 @@ def draw_all(runs: list[dict]) -> None:
               "intersection": "right", "intersection-short": "right", "needle-both": "right",
               "needle-twice": "right", "sudoku": "boards"}
     ran = [task for task in scored if any(run["task"] == task for run in runs)]
-    figure = Figure(figsize=(11, 0.5 + 2.6 * -(-len(ran) // 4)), layout="constrained")
-    panels = figure.subplots(-(-len(ran) // 4), 4, sharey=True, squeeze=False).flat
+    rows = math.ceil(len(ran) / 3)
+    figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, sharey=True, squeeze=False).flat
     for task, panel in zip(ran, panels):    # in this order, or zip would take a panel too many
         draw_curves(panel, runs, task, scored[task])
         count = sum(run["task"] == task for run in runs)
@@ -223,7 +224,9 @@ def draw_directional(runs: list[dict]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
-        collect(Path(sys.argv[2]))
+        if len(sys.argv) != 4:
+            raise SystemExit("give a file and a commit: python study/outside.py collect runs.jsonl COMMIT")
+        collect(Path(sys.argv[2]), sys.argv[3])
     else:
         results = read_runs()
         print(table(results))
