@@ -154,6 +154,18 @@ def test_records_say_what_the_model_did(model, fs, task, control):
         assert (record["exact"], record["f1"]) == (exact, f1)
 
 
+def test_padding_is_no_right_answer(model):
+    """A model that always says 0, the token that pads shorter answers, is right where an answer holds a 0.
+
+    Catches: padding that counts as right.
+    """
+    always_0 = RWKV7(model.config)    # of equal logits argmax takes the first
+    always_0.load_state_dict(model.state_dict() | {"head.weight": torch.zeros_like(model.head.weight)})
+    examples = make_examples(9)
+    correct = [record["correct"] for record in scored(always_0, examples)]
+    assert correct == [example.answer.count(0) for example in examples]
+
+
 @given(batch_size=st.integers(1, 12), order=st.permutations(range(10)), with_fs=st.booleans())
 @settings(deadline=None, max_examples=8)
 def test_records_depend_on_nothing_but_their_example(model, fs, batch_size, order, with_fs):

@@ -176,6 +176,16 @@ def test_writes_bytes_and_text(tmp_path):
     assert os.listdir(path.parent) == ["a"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Catches: a file that is renamed first, and is empty under its final name after a power cut."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    with atomic_write(tmp_path / "run.json", "w") as file:
+        file.write("{}")
+    assert calls == ["fsync", "replace"] and (tmp_path / "run.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("before", [["model.pth"], []])
 def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path, error, before):

@@ -49,9 +49,9 @@ def as_written(folder, arm, seeds, part="records", **kind):
 
 @pytest.mark.parametrize("seeds", [[4], [0, 1, 2], list(range(7))])
 def test_the_numbers_are_those_of_the_records(tmp_path, capsys, seeds):
-    """Catches: the wrong evaluation, swapped arms, a sample deviation, means over tokens, an interval of
-    another metric or of a wrong width, numbers that are no JSON, and a verdict or a p of fewer than six
-    seeds."""
+    """Catches: the wrong evaluation, swapped arms, a sample deviation, means over tokens, a median that is a
+    mean, an interval of another metric or of a wrong width, numbers that are no JSON, and a verdict or a p of
+    fewer than six seeds."""
     folder = write_runs(tmp_path, seeds=seeds, shift=0.2, settings={"steps": 10})
     result, = strict_json(report_of(capsys, "R8", "--json", "--runs", tmp_path).out)["rounds"]
     without, with_fs = (as_written(folder, arm, seeds, step=10) for arm in ARMS)
@@ -68,6 +68,7 @@ def test_the_numbers_are_those_of_the_records(tmp_path, capsys, seeds):
         gains, losses = (deltas > 1e-12).sum(), (deltas < -1e-12).sum()
         assert over["signs"] == f"{gains}/{len(seeds) - gains - losses}/{losses}"
     assert (result["seeds"], result["examples"]) == (seeds, 30)
+    assert np.isclose(result["median"], np.median(x[..., 0].mean(axis=1)))
     assert result["per_seed"][0]["steps"] == [10, 10]
     for control in CONTROLS:
         of_control = as_written(folder, "prompt_fs", seeds, part="controls", control=control)
