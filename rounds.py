@@ -350,7 +350,7 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or "\n" in pair:    # a second line would be a second key, which nobody reads
-            raise ValueError(f"--set {pair}: write key=value, as in --set steps=20 lr=1e-5")
+            raise ValueError(f"--set {' '.join(pair.split())}: write key=value, as in --set steps=20 lr=1e-5")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):    # not TOML, as a word without quotes is not

@@ -200,7 +200,7 @@ NO_SETTINGS = ["step=3", "=3", "name=R1", "log=1", "title=x", "primary=true", "r
                "seeds=[3, 4]"]
 NO_CHOICES = ["order=up", "order=3", "task=squad", "task=own", "fs_gate=none", "fs_alpha_schedule=",
               "arc_border=none", "fs_norm=1", "fs_norm=True", "end_mark=yes", "base=../evil.pth", "base=..",
-              "base=a b", "base=", "steps=2\nlr=1"]
+              "base=a b", "base="]
 
 
 @pytest.mark.parametrize("pair", BEYOND + NO_NUMBERS + NO_SETTINGS + NO_CHOICES, ids=lambda pair: pair[:24])
@@ -227,6 +227,7 @@ def test_a_value_on_its_bound_is_taken(pair):
     (["steps=20", "lr", "1e-5"], "--set lr: write key=value"),
     (["seeds=[3, 4]"], "seeds are not a setting; write --seeds 0-9"),
     (["fs_norm=True"], "fs_norm must be true or false, not 'True'"),
+    (["steps=20\nlr=1e-5"], "--set steps=20 lr=1e-5: write key=value"),
     (["lr=1e-5,steps=3"], "lr must be a number, not '1e-5,steps=3'"),
     (["n_val=1"], "n_val must be 2 or more, not 1"),
     (["beta2=1"], "beta2 must be 0 or more, and below 1, not 1.0"),
