@@ -476,7 +476,9 @@ def load_examples(task: str, split: str, *, order: str, max_prompt: int, min_pro
         if example is not None:
             examples.append(example)
     if not examples or len(examples) < (n or 0):
-        setting = "n_train" if split == "train" else "n_val"
+        setting = "n_val"
+        if split == "train":
+            setting = "n_train"
         remedy = f"lower {setting} = {n}"
         if min_prompt > 0:
             remedy += " or min_prompt"

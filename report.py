@@ -51,7 +51,8 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
     for metric in METRICS:
         without = score_table(found, "no_fs", metric, ids)        # (S, n)
         with_fs = score_table(found, "prompt_fs", metric, ids)    # (S, n)
-        d = differences[metric] = with_fs - without
+        d = with_fs - without
+        differences[metric] = d
         half = 1.96 * d.std(axis=1, ddof=1) / math.sqrt(len(ids))    # half the interval over questions, (S,)
         for s, line in enumerate(per_seed):
             mean = float(d[s].mean())

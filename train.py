@@ -479,7 +479,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes {args.minutes}: must be more than 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device that torch can use")
-    args.arms = list(ARMS) if args.arm == "both" else [args.arm]
+    args.arms = [args.arm]
+    if args.arm == "both":
+        args.arms = list(ARMS)
     return args
 
 
@@ -654,10 +656,11 @@ def main(argv: list[str] | None = None) -> int:
                 complain(error)    # the other rounds run all the same, and so do the other seeds below
                 failed = True
                 continue
-            torch.set_num_threads(threads)
+            threads_used = threads
             if source == "standin":
                 # small arrays gain little from a second thread, and on a busy machine they lose much
-                torch.set_num_threads(1)
+                threads_used = 1
+            torch.set_num_threads(threads_used)
             for seed in plan.seeds:
                 try:
                     run_seed(recipe, seed, source, material, args, plan.seeds_asked, interrupt)
