@@ -3,8 +3,8 @@
 ARC-Challenge (Clark et al. 2018, arXiv:1803.05457): a question, three to five labelled options, the answer a
 label. HotpotQA, distractor setting (Yang et al. 2018, arXiv:1809.09600): ten paragraphs, a question, a short
 answer. Both are read in their publishers' own formats, from an assets folder or downloaded into it. Prompts,
-length rules and the way examples are drawn are the experiment log's, byte for byte. Your own questions are
-put in HotpotQA's form.
+length rules and the way examples are drawn are those of the experiment log ("the log", see rounds.py), byte
+for byte. Your own questions are put in HotpotQA's form.
 
 Shapes: B examples in a batch, T tokens in its longest prompt, A tokens in its longest answer.
 """
@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from files import Progress, counted, read_lines, read_text, say
 from tokenizer import Tokenizer
 
-# (task, split): file under the assets folder, records in the published file
+# (task, split): the file under the assets folder, and how many records the published file holds
 FILES = {
     ("arc", "train"): ("arc/ARC-Challenge-Train.jsonl", 1119),
     ("arc", "validation"): ("arc/ARC-Challenge-Dev.jsonl", 299),
@@ -50,19 +50,19 @@ HOTPOTQA_FOLDER = "http://curtis.ml.cmu.edu/datasets/hotpot/"
 # a community's copy of the same files, for the publisher's server is not always there
 HOTPOTQA_COPY = ("https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
                  "7e54db4656209750ff487f6fdf8e39a66dba136b/")
-HOTPOTQA_SHA256 = {             # the publisher's; fetched without TLS, so its bytes are checked
+HOTPOTQA_SHA256 = {             # of the publisher's files: they come without TLS, so their bytes are checked
     "hotpot_train_v1.1.json": "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
     "hotpot_dev_distractor_v1.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
 }
-HOTPOTQA_COPY_SHA256 = {        # the copy's; that of its training file is not known here
+HOTPOTQA_COPY_SHA256 = {        # of the copy's files; that of its training file is not known here
     "hotpot_dev_distractor_v1.json": "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
 }
 LARGEST_FILE = 8_000_000_000    # bytes of a download; RWKV-7 with 2.9 billion weights has 5.9
 LARGEST_MEMBER = 64_000_000     # bytes of one file of the archive, unpacked
-SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up,
-SECONDS_TO_BEGIN = 60           # and so is one that has not begun to send the file after this time,
-SLOWEST = 20_000                # or that sends fewer bytes a second than this for as long
-SECONDS_BETWEEN_LOOKS = 0.2     # at a file that is being received
+SECONDS_TO_ANSWER = 10          # a server that is silent for longer is given up
+SECONDS_TO_BEGIN = 60           # a server that has sent too little in this time is given up, too:
+SLOWEST = 20_000                # fewer bytes a second than this
+SECONDS_BETWEEN_LOOKS = 0.2     # at the size of a file that is being received
 # what zipfile raises for an archive that is damaged; OSError for a place before its beginning
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
                    OSError)
@@ -71,13 +71,13 @@ DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
 @dataclass(frozen=True)
 class Example:
     """One question, tokenised."""
-    id: str                                 # the publisher's
+    id: str                                 # as the publisher or the user gave it
     prompt: list[int]                       # tokens, up to and including "Answer:"
     answer: list[int]                       # tokens to be predicted
     text: str                               # the gold answer: "A", "Barack Obama"
     choices: dict[str, int] | None          # ARC: label -> its first token; HotpotQA: None
-    tail: int                               # the prompt's last tokens that come after its first block
-    cut: bool = False                       # was it longer than max_prompt, so that it lost its start?
+    tail: int                               # how many of the prompt's tokens come after its first block
+    cut: bool = False                       # True if it was longer than max_prompt and lost its start
 
 
 # ---- records into prompts ----------------------------------------------------------------------------------
@@ -87,15 +87,18 @@ def clean(text: str) -> str:
 
 
 def field(record: dict, key: str, kind: type):
-    """record[key], which must be of this kind; ValueError otherwise."""
+    """record[key], which must be of this type; ValueError otherwise."""
     if not isinstance(record, dict) or not isinstance(record.get(key), kind):
         raise ValueError(f"{key!r} is missing or not a {kind.__name__}")
     return record[key]
 
 
 def arrange(order: str, context: str, question: str) -> list[str]:
-    """A prompt's blocks. The log has the first two orders. The others are what people do with a question that
-    comes last: put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483)."""
+    """The blocks of a prompt in their order.
+
+    The log has the first two orders. The others are what people do against a question that comes last: they
+    put it at both ends, or have everything read twice (JRT-Prompt, arXiv:2407.05483).
+    """
     return {
         "context_first": [context, question],
         "question_first": [question, context],
@@ -164,8 +167,11 @@ def prompt_blocks(task: str, context: list[str], question: str) -> tuple[str, st
 
 
 def answer_cue(task: str, arc_border: str = "log") -> str:
-    """What a prompt ends with. The log's ARC prompt ends in a space, and its answer has none; the tokenizer
-    itself would write the space as part of the answer, as it does with arc_border "token" and in HotpotQA."""
+    """What a prompt ends with, before the answer.
+
+    The log's ARC prompt ends in a space, and its answer "A" has none. The tokenizer itself would put the
+    space into the answer's token, " A", as arc_border "token" does and as it is in HotpotQA.
+    """
     if task == "arc" and arc_border == "log":
         return "\n\nAnswer: "
     return "\n\nAnswer:"
@@ -177,16 +183,18 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     """One record as an Example, or None where the log's rules leave it out.
 
     Args: task, "arc", "hotpotqa" or "own", says how the record is read; order, see `arrange`; lengths in
-    tokens. Prompts keep their last max_prompt tokens, those shorter than min_prompt are left out, and answers
-    keep their first max_answer tokens. With end_mark the line break follows, where the answer was not cut.
-    ValueError if malformed.
+    tokens. A prompt keeps its last max_prompt tokens, and one shorter than min_prompt is left out. An answer
+    keeps its first max_answer tokens. With end_mark a line break follows the answer, unless that was cut.
+    Raises: ValueError where the record is malformed.
     """
     parts = {"arc": read_arc, "hotpotqa": read_hotpotqa, "own": read_own}[task](record)
     if parts is None:
         return None
     context, question, answer, labels = parts
     cue = answer_cue(task, arc_border)
-    space = "" if cue.endswith(" ") else " "
+    space = " "    # between the cue and the answer, unless the cue has it
+    if cue.endswith(" "):
+        space = ""
 
     def encoded(blocks: list[str]) -> list[int]:
         return tokenizer.encode("\n\n".join(blocks) + cue)
@@ -194,9 +202,11 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
     blocks = arrange(order, context, question)
     whole = encoded(blocks)
     prompt = whole[-max_prompt:]
-    # min_prompt applies to the unrepeated prompt, so that every order keeps the same records
-    measured = prompt if len(blocks) == 2 else encoded([context, question])
-    if len(measured) < min_prompt:
+    unrepeated = prompt
+    if len(blocks) > 2:
+        # min_prompt applies to the unrepeated prompt, so that every order keeps the same records
+        unrepeated = encoded([context, question])
+    if len(unrepeated) < min_prompt:
         return None
     tail = min(len(encoded(blocks[1:])), len(prompt))
     choices = None
@@ -207,12 +217,15 @@ def make_example(task: str, record: dict, tokenizer: Tokenizer, *, order: str, m
         answer_tokens = answer_tokens + tokenizer.encode("\n")
     else:
         answer_tokens = answer_tokens[:max_answer]
-    id = field(record, "_id" if task == "hotpotqa" else "id", str)
-    return Example(id, prompt, answer_tokens, answer, choices, tail, cut=len(whole) > len(prompt))
+    id_key = "id"
+    if task == "hotpotqa":
+        id_key = "_id"
+    return Example(field(record, id_key, str), prompt, answer_tokens, answer, choices, tail,
+                   cut=len(whole) > len(prompt))
 
 
 def loses_question(example: Example, order: str) -> bool:
-    """Whether the prompt's start was cut off, and its only question with it, as in the log."""
+    """Whether the prompt's start was cut off, and with it the only question, as happens in the log."""
     return example.cut and order == "question_first"
 
 
@@ -221,9 +234,9 @@ def loses_question(example: Example, order: str) -> bool:
 def fetch(url: str, path: Path) -> None:
     """Write what a server sends to `path`. OSError where it sends too slowly, too much or not all.
 
-    A thread receives, and this one watches the file grow: a server can be slow in its headers too, and who
-    waits for these can look at no clock. Where the server is given up, that thread ends by itself, because the
-    file that it would write to is closed.
+    Another thread receives, and this one watches the file grow. Otherwise a server that is slow in its
+    headers would hold up whoever looks at the clock. Where the server is given up, the other thread ends by
+    itself, because the file that it writes to is closed.
     """
     promised = None    # bytes, where the server says how many there are
     finished = Future()
@@ -250,7 +263,7 @@ def fetch(url: str, path: Path) -> None:
         while not finished.done():
             wait([finished], timeout=SECONDS_BETWEEN_LOOKS)
             received, seconds = file.tell(), time.monotonic() - watched_since
-            # by the minute and not on the whole, or a fast beginning would excuse hours of a byte a second
+            # measured minute by minute, or a fast beginning would excuse hours of a byte a second
             if seconds > SECONDS_TO_BEGIN:
                 if received - received_then < SLOWEST * seconds:
                     raise OSError(f"the server is too slow: {received - received_then:,} bytes in "
@@ -280,8 +293,9 @@ def download(url: str, path: Path, check: Callable[[Path], object], offline: boo
              unpack: Callable[[Path], None] | None = None, member: str = "") -> None:
     """Fetch url to path, whole and checked or not at all. One process at a time does this in a folder.
 
-    Args: check, called with the file before it gets its name, raises ValueError to refuse it; unpack, what to
-    do with the file in place of keeping it; member, what a person would have to take out of it.
+    Args: check, called with the file before it gets its name, raises ValueError to refuse it; unpack, called
+    with the file in place of giving it that name; member, the file that a person would take out of the
+    archive.
     Raises: FileNotFoundError, one line, where the file cannot be had or kept, and always if `offline`.
     """
     sweep(path.parent)
@@ -313,11 +327,11 @@ def unpack_arc(archive: Path, folder: Path) -> None:
     A file that is in the folder already is left alone.
     """
     with tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        for (task, _), (name, published) in FILES.items():
-            if task == "arc":
-                path = Path(place, Path(name).name)
-                path.write_bytes(read_member(archive, ARC_FOLDER + path.name))
-                check_records(path, published)
+        for split in ("train", "validation", "test"):
+            name, published = FILES["arc", split]
+            path = Path(place, Path(name).name)
+            path.write_bytes(read_member(archive, ARC_FOLDER + path.name))
+            check_records(path, published)
         for path in Path(place).iterdir():
             if not (folder / path.name).exists():
                 path.rename(folder / path.name)
@@ -330,12 +344,12 @@ def read_member(archive: Path, name: str) -> bytes:
             member = members.getinfo(name)
             if member.file_size > LARGEST_MEMBER:
                 raise ValueError(f"{name} would be {member.file_size:,} bytes")
-            # the other methods unpack a whole member at once, however large it turns out to be
+            # any other method unpacks a whole member at once, however large that turns out to be
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"the archive is damaged: {name} is compressed by method "
                                  f"{member.compress_type}, and not as the published one")
             with members.open(member) as file:
-                # with a bound, for without one zipfile unpacks everything before it looks at the size
+                # the table of contents may lie, and without a bound zipfile unpacks all that there is
                 return file.read(LARGEST_MEMBER)
     except KeyError:
         raise ValueError(f"the archive has no {name}") from None
@@ -411,8 +425,10 @@ def parse_records(path: Path) -> list:
 
 
 def parse_json(text: str):
-    """A JSON value. ValueError, in one line, if it is none; its place is told without Python's line number,
-    which would be 1 for every line of a .jsonl file."""
+    """A JSON value. ValueError, in one line, where the text is not JSON.
+
+    The message leaves out Python's line number, which would be 1 for every line of a .jsonl file.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -492,15 +508,17 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from None
     tokenizer = Tokenizer()
-    examples, places, short = [], {}, 0
+    examples, short = [], 0
+    line_of = {}    # id -> the number of its line
     for number, line in lines:
         if len(examples) == n:
             break
         try:
             record = parse_json(line)
             if isinstance(record, dict):
-                given = record.get("id", number)
-                record = record | {"id": str(given) if type(given) is int else given}
+                record.setdefault("id", number)
+                if type(record["id"]) is int:
+                    record["id"] = str(record["id"])
             example = make_example("own", record, tokenizer, order=order, max_prompt=max_prompt,
                                    max_answer=max_answer, min_prompt=min_prompt, end_mark=end_mark)
         except ValueError as error:
@@ -508,10 +526,10 @@ def load_own_examples(folder: Path, split: str, *, order: str, max_prompt: int, 
         if example is None:
             short += 1
             continue
-        if example.id in places:
+        if example.id in line_of:
             raise ValueError(f"{path}, line {number}: its id {example.id!r} is that of line "
-                             f"{places[example.id]}")
-        places[example.id] = number
+                             f"{line_of[example.id]}")
+        line_of[example.id] = number
         examples.append(example)
     if short:
         say(f"note: {short} of the {counted(len(lines), 'question')} in {path} had fewer than min_prompt = "
@@ -540,8 +558,8 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
     Every epoch gives each example once, in an order drawn from (seed, epoch). Windows of 16 batches are
     sorted by prompt length, so that rows of like length are padded together, and the batches are then
-    shuffled again; one is smaller where batch_size does not divide the number of examples. Without `shuffle`,
-    the examples come as they are, which is how the stand-in's get harder.
+    shuffled again. One batch is smaller where batch_size does not divide the number of examples. Without
+    `shuffle` the examples come in their own order, as the stand-in needs, whose questions get harder.
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, skip = divmod(start, per_epoch)
@@ -562,15 +580,19 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
 
 def pad(rows: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists -> (B, T) int64 on `device`, right-padded with 0, and their lengths (B,) on the CPU, where
-    the model looks at them without waiting for a GPU."""
+    """Token lists as (B, T) int64 on `device`, right-padded with 0, and their lengths (B,).
+
+    The lengths are on the CPU, where the model can look at them without waiting for a GPU.
+    """
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return padded.to(device), torch.tensor([len(row) for row in rows])
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
-    """prompt (B, T), prompt_lengths (B,), answer (B, A), answer_lengths (B,), as `pad` makes them, but the
-    answers' lengths on `device`, where the loss needs them."""
+    """prompt (B, T), prompt_lengths (B,), answer (B, A) and answer_lengths (B,), as `pad` makes them.
+
+    The answers' lengths alone are on `device`, where the loss needs them.
+    """
     prompt, prompt_lengths = pad([example.prompt for example in examples], device)
     answer, answer_lengths = pad([example.answer for example in examples], device)
     return prompt, prompt_lengths, answer, answer_lengths.to(device)

@@ -51,8 +51,9 @@ from standin import small_tokenizer
 from stats import RULE
 from tokenizer import END_OF_DOCUMENT, Tokenizer
 
-# beyond max_answer: a model may begin with an article, and 6 of 1,952 golds of HotpotQA have more than 24
-# tokens. One has 45 and stays out of reach: room for it would cost every question half as much time again.
+# tokens beyond max_answer, because a model may begin with an article, and 6 of 1,952 gold answers of HotpotQA
+# have more than 24 tokens. One has 45 and stays out of reach: room for it would cost every question half as
+# much time again.
 SPARE_TOKENS = 8
 
 
@@ -83,7 +84,7 @@ def write_answers(model: RWKV7, logits, state, max_new: int, tokenizer) -> list[
 
     Args: logits (B, V) of the first new token; state, in which the prompts ended; max_new, tokens at most.
     """
-    def all_ended(written) -> bool:
+    def all_ended(written: torch.Tensor) -> bool:
         return all(line_of(row, tokenizer)[1] for row in written.tolist())
 
     written = model.generate(logits, state, max_new, done=all_ended)    # (B, at most max_new)
@@ -119,7 +120,8 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer, max_n
     texts = write_answers(model, logits[:, 0], state, max_new, tokenizer)
     records = []
     for row, (example, text) in enumerate(zip(batch, texts)):
-        exact, f1 = float(normalise(text) == normalise(example.text)), f1_score(text, example.text)
+        exact = float(normalise(text) == normalise(example.text))
+        f1 = f1_score(text, example.text)
         option = None
         if example.choices:
             # ARC: the likeliest of the question's labels, by the token that each would begin with
@@ -134,14 +136,20 @@ def score_batch(model: RWKV7, batch: list[Example], fs, device, tokenizer, max_n
 
 
 def seed_prompts_of(control: str | None, examples: Sequence[Example]) -> list[list[int]] | None:
-    """The prompts that seed states are made from under one of runs.CONTROLS; None for the examples' own."""
+    """The wrong prompts that a control, one of runs.CONTROLS, makes the examples' seed states from.
+
+    None where it makes them from each example's own prompt, or makes none.
+    """
     if control not in ("other", "shuffled"):
         return None
     prompts = [list(example.prompt) for example in examples]
     if control == "other":
-        return prompts[1:] + prompts[:1]
+        return prompts[1:] + prompts[:1]    # every example gets the prompt of the next one
+    # "shuffled": what comes after the prompt's first block, as the question does, loses its order
     for prompt, example in zip(prompts, examples):
-        prompt[-example.tail:] = random.Random(example.id).sample(prompt[-example.tail:], example.tail)
+        # Random does the same with a str, but refuses half a surrogate pair, which JSON may hold
+        rng = random.Random(example.id.encode("utf-8", "surrogatepass"))
+        prompt[-example.tail:] = rng.sample(prompt[-example.tail:], example.tail)
     return prompts
 
 
@@ -170,7 +178,9 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
         F1), all as above; option (ARC: the likeliest label, else None); gold; text (the line written).
     """
     device = torch.device(device)
-    kind = {"step": step} if control is None else {"step": step, "control": control}
+    evaluation = {"step": step}
+    if control is not None:
+        evaluation["control"] = control
     seed_prompts = seed_prompts_of(control, examples)
     # neighbours of equal length waste no time on padding; the longest go first: memory fails early or never
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].prompt))
@@ -179,19 +189,24 @@ def score(model: RWKV7, examples: Sequence[Example], fs: FutureSeed | None = Non
         places = order[first:first + batch_size]
         batch = [examples[place] for place in places]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hook = None if control == "off" else fs
-            if seed_prompts:
-                hook = seed_states_of(model, fs, *pad([seed_prompts[place] for place in places], device))
+            hook = fs
+            if control == "off":
+                hook = None
+            elif seed_prompts:
+                tokens, lengths = pad([seed_prompts[place] for place in places], device)
+                hook = seed_states_of(model, fs, tokens, lengths)
             scored = score_batch(model, batch, hook, device, tokenizer, max_new)
         for place, record in zip(places, scored):
-            records[place] = {**kind, **record}
+            records[place] = {**evaluation, **record}
         tick(first + len(batch))
     return records
 
 
 def means_of(records: list[dict]) -> dict[str, float]:
     """Means over the records of one evaluation, by metric."""
-    rows = [(r["correct"] / r["tokens"], r["loss"], r["exact"], r["f1"]) for r in records]
+    # a row an example, its columns in the order of METRICS
+    rows = [(record["correct"] / record["tokens"], record["loss"], record["exact"], record["f1"])
+            for record in records]
     return dict(zip(METRICS, np.mean(rows, axis=0).tolist()))
 
 
@@ -201,13 +216,16 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
     """The line that a model answers a question with.
 
     Args: checkpoint, an official-format file. If a run left it, the run.json and fs.pth beside it decide on
-        the form of the prompt, the length of the answer and Future-Seed. question, put as the run's round
-        puts its own, or a whole prompt if it ends in "Answer:". context, paragraphs, or ARC's options.
+        the form of the prompt, the length of the answer and Future-Seed. question, which is put into that
+        form, or a whole prompt if it ends in "Answer:". context, paragraphs, or ARC's options.
     Raises: ValueError or OSError naming the file.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
     model = RWKV7.load(checkpoint).to(device)
     folder = checkpoint.absolute().parent
+    # a file that no run left is asked in HotpotQA's form, without Future-Seed
     recipe = Round(name="", title="", task="hotpotqa", order="context_first", max_answer=24)
     source, fs = "real", None
     if (folder / "run.json").exists():
@@ -219,23 +237,31 @@ def ask(checkpoint: Path, question: str, context: list[str]) -> str:
         with naming_damage(folder / "fs.pth", "Run it again, or ask a file that stands alone."):
             fs = FutureSeed(model.config, **recipe.fs_settings()).to(device)
             fs.load_state_dict(read_tensors(folder / "fs.pth")[0])
-    tokenizer = small_tokenizer() if source == "standin" else Tokenizer()
+    tokenizer = Tokenizer()
+    if source == "standin":
+        tokenizer = small_tokenizer()
     needed = max(tokenizer.tokens) + 1
     if model.config.vocab_size < needed:
         raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens, and the "
                          f"tokenizer has {needed}. Ask a model that was trained with RWKV World's tokenizer. "
                          "A model from the stand-in needs its run.json beside it.")
+    with torch.no_grad():
+        prompt = tokenizer.encode(prompt_of(recipe, question, context))
+        hidden, state = prefill(model, torch.tensor([prompt], device=device), fs=fs)
+        logits = model.head(hidden[:, -1])    # (1, V)
+    return write_answers(model, logits, state, answer_budget(recipe, source), tokenizer)[0]
+
+
+def prompt_of(recipe: Round, question: str, context: list[str]) -> str:
+    """The prompt that a round's recipe makes of a question; `question` may be a prompt already, see ask."""
     cue = answer_cue(recipe.task, recipe.arc_border)    # "\n\nAnswer:", and a space where the run had one
     if question.rstrip().endswith("Answer:"):
-        prompt = question.rstrip().removesuffix("Answer:") + cue.lstrip()
-    else:
-        about, asked = prompt_blocks(recipe.task, context, question.strip())
-        blocks = arrange(recipe.order, about, asked) if context else [asked]
-        prompt = "\n\n".join(blocks) + cue
-    with torch.no_grad():
-        hidden, state = prefill(model, torch.tensor([tokenizer.encode(prompt)], device=device), fs=fs)
-        logits = model.head(hidden[:, -1])
-    return write_answers(model, logits, state, answer_budget(recipe, source), tokenizer)[0]
+        return question.rstrip().removesuffix("Answer:") + cue.lstrip()
+    context_block, question_block = prompt_blocks(recipe.task, context, question.strip())
+    blocks = [question_block]
+    if context:
+        blocks = arrange(recipe.order, context_block, question_block)
+    return "\n\n".join(blocks) + cue
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -264,9 +290,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def report_on_runs(args: argparse.Namespace) -> int:
     """Report every round that can be read, and say of each other one why not. Returns the exit code."""
-    published = load_rounds()[0]
-    names = expand(args.rounds, published) if args.rounds else list(published)
-    seeds = seeds_of(args.seeds) if args.seeds else None
+    published, _ = load_rounds()
+    names, seeds = list(published), None
+    if args.rounds:
+        names = expand(args.rounds, published)
+    if args.seeds is not None:
+        seeds = seeds_of(args.seeds)
     folders = [args.runs / folder / name for name in names for folder in FOLDERS.values()]
     folders = [folder for folder in folders if seeds_on_disk(folder)]
     if not folders:
@@ -286,7 +315,7 @@ def report_on_runs(args: argparse.Namespace) -> int:
         tell(text_of(results))
     for trouble in troubles:
         complain(trouble)
-    if args.plot and results:    # at the end: whatever becomes of the picture, the report is there
+    if args.plot and results:    # last, so that the report is printed even where the picture fails
         plot([Path(result["folder"]) for result in results], args.plot, seeds)
         say(f"{args.plot} is drawn")
     if troubles:
@@ -295,7 +324,7 @@ def report_on_runs(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for an error told in one line, 130 when it was stopped."""
+    """The command. Returns 0, 2 for an error told in one line, or 130 when it was stopped."""
     try:
         args = parse_arguments(argv)
         if args.ask is None:

@@ -34,7 +34,8 @@ def write_line(stream: TextIO, text: str) -> None:
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError, RuntimeError):
-        # the reader is gone, or the disk is full; the stream is closed; a signal came in the middle of a write
+        # OSError: the reader is gone, or the disk is full. ValueError: the stream is closed. RuntimeError: a
+        # signal came in the middle of a write, and its handler wrote too
         pass
 
 
@@ -59,17 +60,17 @@ def drop_all_unwritten() -> None:
 
 
 def tell(text: str) -> None:
-    """A result, for standard output."""
+    """Print a result, to standard output."""
     write_line(sys.stdout, text)
 
 
 def say(text: str) -> None:
-    """What is going on, for standard error."""
+    """Print what is going on, to standard error."""
     write_line(sys.stderr, text)
 
 
 def complain(error: Exception | str) -> None:
-    """An error on one line. Where its text is a list, every entry has a line."""
+    """Print an error, as one line for every line of its text."""
     say("error: " + "\n  ".join(" ".join(line.split()) for line in str(error).splitlines()))
 
 
@@ -83,9 +84,10 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """ "1 question", "2 questions", "1,000 questions"."""
-    ending = "" if number == 1 else "s"
-    return f"{number:,} {thing}{ending}"
+    """A number of things: "1 question", "2 questions", "1,000 questions"."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {thing}s"
 
 
 class Progress:
@@ -96,13 +98,17 @@ class Progress:
         self.started = self.shown = time.monotonic()
 
     def tick(self, done: float, text: str, seconds: float | None = None) -> None:
-        """Args: done, of `total`; seconds, spent on that much; by default, since this object was made."""
+        """Say `text` and the time left, if the last line is long enough ago.
+
+        Args: done, how much of `total`; seconds, the time spent on it, by default since this object was made.
+        """
         now = time.monotonic()
         if now - self.shown < SECONDS_BETWEEN_LINES:
             return
         self.shown = now
         if self.total and done:
-            seconds = now - self.started if seconds is None else seconds
+            if seconds is None:
+                seconds = now - self.started
             text += f", about {duration(seconds / done * max(0, self.total - done))} left"
         say(text)
 
@@ -126,10 +132,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     `path`, where it cannot be written. (model.write_pt does the same for tensors.)
     """
     path, temporary = Path(path), None
+    encoding = None
+    if "b" not in mode:
+        encoding = "utf-8"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(handle)
@@ -145,13 +154,14 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def write_json(path: Path, values: list[dict], indent: int | None = None) -> None:
-    """JSON values, each beginning on a line of its own."""
+    """Write JSON values, each beginning on a line of its own."""
     with atomic_write(path, "w") as file:
         file.writelines(json.dumps(value, indent=indent) + "\n" for value in values)
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8, with or without a byte-order mark. A pipe would never end."""
+    """The text of a file in UTF-8, with or without a byte-order mark. ValueError where it is no regular file:
+    reading a pipe might never end."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     return path.read_text(encoding="utf-8-sig")
@@ -170,12 +180,15 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[Callable[[], None]]:
-    """Own a folder, made if need be, while the block runs; what a killed owner left half written is deleted.
+    """Own a folder while the block runs. The folder is made if need be, and cleared of what a killed owner
+    left half written.
 
-    Gives a function that raises ValueError if the folder has been deleted or replaced meanwhile, so that its
-    owner does not write over another's work. Raises ValueError where another process owns the folder.
+    Yields a function for the owner to call before it writes. That function raises ValueError if the folder
+    has been deleted or replaced meanwhile, for it may then hold another's work.
+    Raises: ValueError where another process owns the folder, OSError where the folder cannot be written.
     """
-    from filelock import FileLock, Timeout    # here: it takes as long to import as all else in this file
+    # imported late, because that takes as long as importing all else in this file
+    from filelock import FileLock, Timeout
 
     lock = folder / ".lock"
     try:
@@ -188,7 +201,7 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
         raise OSError(f"{folder} cannot be written: {error.strerror}. Pass a different --runs DIR.") from None
 
     def check_still_owned() -> None:
-        # the lock file is open, so no other file can have been given its inode
+        # our lock file stays open, so a new lock file cannot have been given the same inode
         if not lock.exists() or not os.path.samestat(os.stat(lock), locked):
             raise ValueError(f"{folder} was deleted or replaced while this run was working in it, so this "
                              "run stops. Start it again, or pass a different --runs DIR.")

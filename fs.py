@@ -11,15 +11,16 @@ still runs left to right:
     base = S_T of layer i-1                                        (B, H, N, N), [value, key]
     base = stop_gradient(base)                                     if detach
     base = base / max(1e-6, sqrt(mean(base², over N × N)))         if norm, for each batch row and head
-    gate = sigmoid(alpha_i) · scale · schedule(i)                  or another, see FutureSeed
+    gate = sigmoid(alpha_i) · scale · schedule(i)                  or another gate, see FutureSeed
     S₀   = clip(gate · base, -clip, +clip)                         if clip > 0
 
 Answer tokens start from each layer's state at the end of the prompt, without Future-Seed, so decoding stays
 causal.
 
-Reference: the Future-Seed post-training experiment log (rounds R2 to R10, see rounds.toml), whose settings
-these are. The gate "heads" is from its authors' later work: learned, from alpha = 0.
-Shapes: B batch rows, T tokens, C channels, H heads, N head size, L layers.
+Reference: the settings are those of the Future-Seed post-training experiment log (rounds R2 to R10, see
+rounds.toml). The gate "heads" is from later work of the log's authors, who train it from alpha = 0.
+Shapes: B batch rows, T tokens, A tokens of an answer, C channels, H heads, N head size, L layers,
+V vocabulary entries.
 """
 
 import math
@@ -39,7 +40,7 @@ class FutureSeed(nn.Module):
     """Makes the seed states; an instance is the `seed_state` hook of `model.RWKV7.forward`.
 
     Args:
-        config: sizes of the model that it seeds.
+        config: sizes of the model whose layers are seeded.
         alpha: initial value of every alpha; 0 opens the gate to 0.5, -2 to 0.119, -4 to 0.018.
         layer_start: the first seeded layer, 0-based; layer 0 has none below it, so 0 means 1.
         norm: scale each head's state to root mean square 1.
@@ -48,8 +49,9 @@ class FutureSeed(nn.Module):
         scale: constant factor on every gate.
         schedule, schedule_min, schedule_max: factor over depth, from min at the first seeded layer to max at
             the last: "none" (1 everywhere), "linear" or "cosine".
-        gate: "scalar", sigmoid of one alpha a layer; "heads", of one alpha a head; "head", both, multiplied;
-            "input", sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i) with w and b trained from zero.
+        gate: "scalar", the sigmoid of one alpha a layer; "heads", the sigmoid of one alpha a head; "head",
+            the product of those two; "input", sigmoid(alpha_i + <x_last, w_i> / sqrt(C) + b_i), where each
+            layer has a vector w_i and a number b_i, which start at zero and are always trained.
         train_alpha: train the alphas; otherwise they stay as they start.
 
     Raises: ValueError naming the setting that is out of range.
@@ -63,6 +65,11 @@ class FutureSeed(nn.Module):
             raise ValueError(f"schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if gate not in GATES:
             raise ValueError(f"gate = {gate!r}: must be one of {', '.join(GATES)}")
+        numbers = {"alpha": alpha, "clip": clip, "scale": scale, "schedule_min": schedule_min,
+                   "schedule_max": schedule_max}
+        for name, value in numbers.items():
+            if math.isnan(value):
+                raise ValueError(f"{name} = {value}: must be a number")
         self.config = config
         self.layer_start = max(1, layer_start)
         if self.layer_start >= config.n_layer:
@@ -138,7 +145,8 @@ def depth_factor(layer: int, start: int, n_layer: int, schedule: str, low: float
 def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = None, fs=None):
     """Read prompts, with Future-Seed if `fs` is given, to the states from which answers are decoded.
 
-    Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T.
+    Args: tokens (B, T) int64, right-padded; lengths (B,) int64 or None for T; fs, a FutureSeed, another
+        `seed_state` hook, or None for plain RWKV-7.
     Returns: hidden (B, T, C), state (list of model.LayerState), as model.RWKV7.forward.
     """
     return model(tokens, lengths=lengths, seed_state=fs)
@@ -147,16 +155,18 @@ def prefill(model: RWKV7, tokens: torch.Tensor, lengths: torch.Tensor | None = N
 def answer_logits(model, fs, prompt, prompt_lengths, answer):
     """Read prompts with Future-Seed, then their answers without, as decoding would.
 
-    Args: prompt (B, T), prompt_lengths (B,) or None for T, answer (B, A), as data.collate gives them.
-    Returns: logits (B, A, V) of the answers' tokens, and the state at the prompts' ends. Only answers get
-        logits: (B, T, V) would be a gigabyte at T = 4096.
+    Args: prompt (B, T), prompt_lengths (B,) or None for T, answer (B, A), int64 and right-padded; fs as in
+        prefill.
+    Returns: logits (B, A, V), of which [:, j] predicts answer token j, and the state at the prompts' ends.
+        Only answers get logits: logits of a prompt would be a gigabyte at T = 4096.
+    Raises: ValueError for a prompt without a token, where prompt_lengths are on the CPU.
     """
     B, T = prompt.shape
     if prompt_lengths is not None and prompt_lengths.device.type == "cpu" and prompt_lengths.min() < 1:
         raise ValueError("a prompt has no token: nothing predicts its answer's first token")
     given = None
     if answer.shape[1] > 1:
-        given = answer[:, :-1]    # the last token is only predicted
+        given = answer[:, :-1]    # the last token is predicted, and never read
     hidden, state = model(prompt, lengths=prompt_lengths, seed_state=fs, answer=given)
     if prompt_lengths is None:
         before_first = hidden[:, T - 1 : T]    # (B, 1, C), predicts the first token
@@ -168,7 +178,10 @@ def answer_logits(model, fs, prompt, prompt_lengths, answer):
 
 
 def answer_loss(logits, answer, answer_lengths):
-    """Each example's loss as in the log, (B,): the first token's plus the mean of the others', in nats."""
+    """Each example's loss as in the log, (B,), in nats: the first token's loss plus the mean of the others'.
+
+    Args: logits (B, A, V); answer (B, A) int64, right-padded; answer_lengths (B,) int64, at least 1.
+    """
     loss = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none")
     loss = loss.view(answer.shape)
     positions = torch.arange(answer.shape[1], device=answer.device)

@@ -20,13 +20,13 @@ from runs import CONTROLS
 from tokenizer import Tokenizer
 
 BASE_URL = "https://huggingface.co/BlinkDL/rwkv7-g1/resolve/main/"
-CPU_TOKENS_PER_SECOND = 300    # that one core of an AMD EPYC reads with the 0.1b model
+CPU_TOKENS_PER_SECOND = 300    # as the 0.1b model reads them on one core of an AMD EPYC
 
 
 class Material(NamedTuple):
     """The questions and the base model that both arms of a seed share."""
 
-    source: str                # where the questions are from: "real", "own" or "standin", see runs.py
+    source: str                # where the questions come from: "real", "own" or "standin", see runs.py
     train: list[Example]
     validation: list[Example]
     base: RWKV7                # read once: both arms start from these tensors
@@ -42,6 +42,7 @@ def real_material(recipe: Round, base: str | None, assets: Path, offline: bool) 
     missing = []
 
     def found(load, *arguments, **named):
+        """What `load` returns; where it finds no file, its message goes into `missing`."""
         try:
             return load(*arguments, **named)
         except FileNotFoundError as error:
@@ -53,18 +54,20 @@ def real_material(recipe: Round, base: str | None, assets: Path, offline: bool) 
     train = found(load_examples, recipe.task, "train", n=recipe.n_train, seed=recipe.data_seed, **rules)
     validation = found(load_examples, recipe.task, "validation", n=recipe.n_val, seed=recipe.validation_seed,
                        **rules)
-    model = found(find_base, base or recipe.base, base is None, assets, offline)
+    model_and_name = found(find_base, recipe, base, assets, offline)
     if missing:
         raise FileNotFoundError("\n".join(missing))
-    return checked_material(Material("real", train, validation, *model, Tokenizer()))
+    model, name = model_and_name
+    check_vocabulary(model, name, train + validation)
+    return Material("real", train, validation, model, name, Tokenizer())
 
 
-def own_material(recipe: Round, examples: tuple[list[Example], list[Example]], base: str | None, assets: Path,
-                 offline: bool) -> Material:
+def own_material(recipe: Round, train: list[Example], validation: list[Example], base: str | None,
+                 assets: Path, offline: bool) -> Material:
     """A user's own questions, to train and to score on, and a base for them."""
-    train, validation = examples
-    model, name = find_base(base or recipe.base, base is None, assets, offline)
-    return checked_material(Material("own", train, validation, model, name, Tokenizer()))
+    model, name = find_base(recipe, base, assets, offline)
+    check_vocabulary(model, name, train + validation)
+    return Material("own", train, validation, model, name, Tokenizer())
 
 
 def own_examples(recipe: Round, data: Path) -> tuple[list[Example], list[Example]]:
@@ -82,36 +85,42 @@ def standin_material(recipe: Round, seed: int, assets: Path, device: torch.devic
                      surroundings: dict) -> Material:
     """The questions and the base of a stand-in run. The base is trained here on first use.
 
-    Args: surroundings, code version and machine, which a base keeps beside it.
+    Args: surroundings, the code version and the machine, which are written down beside the base.
     """
     base = standin.find_or_make_base(recipe, seed, assets, device, surroundings)
     return Material("standin", standin.training_examples(recipe, seed), standin.validation_examples(recipe),
                     base, "stand-in", standin.small_tokenizer())
 
 
-def find_base(choice: str, published: bool, assets: Path, offline: bool) -> tuple[RWKV7, str]:
-    """A base model and its name. `choice` is a path, init or init:L12-D64, or a published file's name."""
-    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", choice)
+def find_base(recipe: Round, base: str | None, assets: Path, offline: bool) -> tuple[RWKV7, str]:
+    """A base model and its name.
+
+    Args: base, as --base takes it: a path, or init or init:L12-D64 for fresh weights; None for the published
+    file that the recipe names, which is downloaded into `assets` where it is missing.
+    """
+    if base is None:
+        path = assets / "weights" / recipe.base
+        if not path.exists():
+            download(BASE_URL + recipe.base, path, RWKV7.load, offline)
+        return RWKV7.load(path), path.name
+    fresh = re.fullmatch(r"init(?::L([1-9]\d*)-D([1-9]\d*))?", base)
     if fresh:
         layers, width = int(fresh[1] or 12), int(fresh[2] or 768)
-        if width % 16:    # the width of a head, whose norm would drown what fewer channels hold
-            raise ValueError(f"--base {choice}: the width must be a multiple of 16")
+        if width % 16:    # the smallest head; a smaller one would drown in the epsilon of its norm
+            raise ValueError(f"--base {base}: the width must be a multiple of 16")
         config = Config.published(layers, width, head_size=math.gcd(width, 64))
         return RWKV7.init(config, seed=0), f"init:L{layers}-D{width}"
-    path = assets / "weights" / choice if published else Path(choice)
-    if published and not path.exists():
-        download(BASE_URL + choice, path, RWKV7.load, offline)
+    path = Path(base)
     return RWKV7.load(path), path.name
 
 
-def checked_material(material: Material) -> Material:
-    """The same material; ValueError where the examples hold tokens that the base does not know."""
-    vocabulary = material.base.config.vocab_size
-    largest = max(max(example.prompt + example.answer) for example in material.train + material.validation)
+def check_vocabulary(base: RWKV7, name: str, examples: list[Example]) -> None:
+    """ValueError where the examples hold tokens that the base does not know."""
+    vocabulary = base.config.vocab_size
+    largest = max(max(example.prompt + example.answer) for example in examples)
     if largest >= vocabulary:
-        raise ValueError(f"{material.base_name} has a vocabulary of {vocabulary} tokens, and the examples "
-                         f"hold token {largest}. Use a base with the RWKV World vocabulary.")
-    return material
+        raise ValueError(f"{name} has a vocabulary of {vocabulary} tokens, and the examples hold token "
+                         f"{largest}. Use a base with the RWKV World vocabulary.")
 
 
 def cpu_time(recipe: Round, arms: list[str], tokens: float) -> str:
@@ -120,7 +129,9 @@ def cpu_time(recipe: Round, arms: list[str], tokens: float) -> str:
     Args: tokens, of a prompt on average. A training step costs about 3 forward passes, or 4 with activation
     checkpointing.
     """
-    passes = 4 if recipe.checkpoint_activations else 3
+    passes = 3
+    if recipe.checkpoint_activations:
+        passes = 4
     evaluations = 1 + math.ceil(recipe.steps / recipe.eval_every)
     prompts = len(arms) * (passes * recipe.steps * recipe.batch_size + evaluations * recipe.n_val)
     if "prompt_fs" in arms:

@@ -19,10 +19,10 @@ The names in the code, beside the letters and the equations of the paper (sectio
   k              k, k tilde    key; once the learning rate has scaled it, the replacement key 5, 7
   v              v             value, which a token writes under its key                      9, 10
   a0, a1, a2     a             in-context learning rate                                       4
-  v0, v1, v2     nu            value residual: how much of block 0's value replaces the own   8, 10
+  v0, v1, v2     nu            value residual: how much of block 0's value replaces its own   8, 10
   g1, g2         g             gate on what was read                                          14
   k_k            xi            makes the removal key (kappa) from the key                     6, 15
-  k_a            alpha         how far the learning rate scales the key                       7
+  k_a            alpha         how far the learning rate scales the key (not fs.py's alpha)   7
   r_k            rho           weighs the bonus for the current token                         20
   ln_x           LayerNorm     normalises what each head has read                             21
   output         W_o           from the heads back to the residual stream                     22
@@ -91,7 +91,7 @@ class Config:
             raise ValueError(f"{n_head} heads of {head_size} for {n_embd} channels")
         # block 0 has no use for a value residual, and some files leave it out there: so block 1 is asked
         value_residual = f"blocks.{min(1, n_layer - 1)}.att.v1"
-        rank_v = 32
+        rank_v = 32    # of a single block without one, which never uses it: the least of the official rule
         if n_layer > 1 or value_residual in weights:
             rank_v = weights[value_residual].shape[1]
         return cls(n_layer, n_embd, head_size, vocab_size,
@@ -123,15 +123,16 @@ torch.serialization.add_safe_globals([LayerState])    # torch.load reads back a 
 #     row 1  p p p . . . . .    a a .        a  a token of the answer
 #     row 2  p p p p p . . .    a . .        .  padding
 #
-# In both kinds of state a row must be as if it stood alone. For the token shift, a token's left neighbour is
-# the column to its left, with one exception: the left neighbour of a row's first answer token is the row's
-# last prompt token, and not the padding between the two. The wkv state passes the padding unchanged, so that
-# after the T columns it is every row's state at the end of its prompt. That is the state that a pass returns,
-# and the one that the answers start from. Padding behind an answer needs no care: nothing comes after it.
+# A row must come out as if it stood alone, and padding could reach it by the token shift or by the wkv state.
+# For the token shift, a token's left neighbour is the column to its left, with one exception: the left
+# neighbour of a row's first answer token is the row's last prompt token, and not the padding between the two.
+# The wkv state passes the padding unchanged, so that after the T columns it is every row's state at its
+# prompt's end. That is the state that a pass returns, and the one that the answers start from. Padding behind
+# an answer needs no care, because nothing comes after it.
 
 class Columns(NamedTuple):
-    """Which of the P = T + A columns hold what. Where no row is padded, the last three are None: then nothing
-    has to be masked or gathered, and a small model's time on a GPU goes by the number of operations."""
+    """Which of the P = T + A columns hold what. Where no row is padded, the last three are None, and nothing
+    is masked or gathered: for a small model on a GPU, each operation spared is time spared."""
 
     T: int
     A: int
@@ -141,7 +142,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(tokens: Tensor, lengths: Tensor | None, answer: Tensor | None) -> Columns:
-    """tokens (B, T), lengths (B,) or None, answer (B, A) or None."""
+    """The Columns of tokens (B, T), lengths (B,) or None, and answer (B, A) or None."""
     B, T = tokens.shape
     A = 0 if answer is None else answer.shape[1]
     # lengths on a GPU are believed: to look at them would be to wait until the GPU has caught up
@@ -160,7 +161,8 @@ def token_shift(x: Tensor, before: Tensor, columns: Columns) -> tuple[Tensor, Te
     """How each token differs from its left neighbour, and the input to remember for the next call.
 
     Args: x (B, P, C); before (B, C), the left neighbour of each row's first token.
-    Returns: neighbour minus token (B, P, C); x at each row's last prompt token (B, C), or `before` if none.
+    Returns: neighbour minus token (B, P, C); x at each row's last prompt token (B, C), or
+        `before` where a row has no token.
     """
     extended = torch.cat([before.unsqueeze(1), x], dim=1)    # column i holds the left neighbour of x[:, i]
     if columns.padding is None:
@@ -214,9 +216,10 @@ class TimeMix(nn.Module):
         """The time mix of all P columns. Numbers in brackets are the paper's equations. The official lines
         are `time_mixing` in rwkv_v7_numpy.py, for one token, and RWKV_Tmix_x070 in rwkv_v7_demo.py.
 
-        Args: x (B, P, C), normalised; v_first (B, P, C), block 0's values, None in block 0 itself.
-        Returns: output (B, P, C); v_first (B, P, C); at the end of each row's prompt the input (B, C) and the
-            wkv state (B, H, N, N).
+        Args: x (B, P, C), normalised; v_first (B, P, C), block 0's values, None in block 0 itself; before,
+            what this layer remembers of the tokens before x.
+        Returns: output (B, P, C); v_first (B, P, C); x at each row's last prompt token (B, C); the wkv state
+            at the end of each row's prompt (B, H, N, N).
         """
         B, P, C = x.shape
         H, N = self.r_k.shape
@@ -224,14 +227,14 @@ class TimeMix(nn.Module):
         mixes = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])  # (6, 1, 1, C)
         mixed = torch.addcmul(x, difference, mixes)                                    # (6, B, P, C), (3)
         if torch.is_autocast_enabled(x.device.type):
-            # once for all six, where autocast would convert each input of each product by itself
+            # all six are converted at once; autocast would convert each input of each product by itself
             mixed = mixed.to(torch.get_autocast_dtype(x.device.type))
         xr, xw, xk, xv, xa, xg = mixed                                                 # (B, P, C) each
 
         r = self.receptance(xr)                                                        # (13)
         k = self.key(xk)                                                               # (5)
         v = self.value(xv)                                                             # (9)
-        # (11, 12): the decay w is exp(-exp(-0.5) sigmoid(.)), in [0.545, 1); the operator takes its logarithm
+        # (11, 12): the decay w is exp(-exp(-0.5) sigmoid(.)), in (0.545, 1); the operator takes its logarithm
         log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + torch.tanh(xw @ self.w1) @ self.w2)
         learning_rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)              # (4)
         gate = torch.sigmoid(xg @ self.g1) @ self.g2                                   # (14)
@@ -284,7 +287,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.n_ffn, config.n_embd, bias=False)
 
     def forward(self, x, before, columns: Columns):
-        """x (B, P, C), before (B, C) -> output (B, P, C), input at the end of each row's prompt (B, C)."""
+        """x (B, P, C), before (B, C) -> output (B, P, C), x at each row's last prompt token (B, C)."""
         difference, last = token_shift(x, before, columns)
         k = torch.relu(self.key(torch.addcmul(x, difference, self.x_k)))    # (B, P, n_ffn), (23)
         return self.value(k * k), last                                      # (24)
@@ -335,13 +338,15 @@ class RWKV7(nn.Module):
             tokens: (B, T) int64, right-padded with any valid id where `lengths` is given.
             state: what the layers remember, as returned by an earlier call; None before the first token.
             lengths: (B,) integers, each row's own tokens, 0 to T (at least 1 with `seed_state`), or None for
-                T everywhere. Results and states are as if the row stood alone. Lengths on the CPU, where they
-                may stay when the tokens are on a GPU, are checked, and cost nothing where no row is padded.
+                T everywhere. Results and states are as if the row stood alone. Lengths may be on the CPU
+                while the tokens are on a GPU. On the CPU they are checked, and where no row is padded they
+                cost nothing.
             seed_state: a hook, called for every layer from 1 on as seed_state(layer, below, x_last), with the
                 terminal wkv of the layer below (B, H, N, N) and this layer's input at each row's last token
-                (B, C). Returns the wkv that the layer starts from, or None for zero. Not beside `state`.
-            answer: (B, A) int64, right-padded tokens that follow each row's own, to be read in the same pass,
-                as a second call would from the returned state; or None.
+                (B, C). It returns the wkv that the layer starts from, or None for zero. It cannot be given
+                together with `state`.
+            answer: (B, A) int64, right-padded, or None: tokens that follow each row's prompt. They are read
+                in the same pass, as a second call that starts from the returned state would read them.
 
         Returns: hidden (B, T, C) after `ln_out`, or (B, T + A, C) with an answer; and the state, a list of
             LayerState, after each row's last token and before its answer. No answer token has a part in it,
@@ -378,7 +383,8 @@ class RWKV7(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`model.head` outside autocast: hidden (..., C) -> (..., V) in the type of the weights.
 
-        Rounded to bf16, the two likeliest options of a question tie exactly in one answer of a hundred.
+        Under autocast logits would be rounded to bf16, and then the two likeliest options of a question tie
+        exactly in one answer of a hundred.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype))
@@ -387,8 +393,8 @@ class RWKV7(nn.Module):
     def generate(self, logits, state, max_new, done=None) -> Tensor:
         """Continue every row, greedily, from the state in which its prompt ended.
 
-        Args: logits (B, V) of the first new token; state, of `forward` or fs.prefill; done, called with what
-            is written so far, (B, n), after every token: decoding ends where it returns True.
+        Args: logits (B, V) of the first new token; state, as `forward` or fs.prefill returned it; done,
+            called after every token with all new tokens so far, (B, n): decoding ends where it returns True.
         Returns: (B, at most max_new) int64.
         """
         new = logits.new_zeros((len(logits), 0), dtype=torch.long)
@@ -405,8 +411,8 @@ class RWKV7(nn.Module):
     def load(cls, path: str | Path) -> "RWKV7":
         """Read an official .pth of any float type into fp32 parameters on the CPU.
 
-        A prefix that all names share (`module.`, `_orig_mod.`) is dropped. Raises as read_tensors, and
-        ValueError, with the reason in one line, for a file of tensors that is no RWKV-7.
+        A prefix that all names share (`module.`, `_orig_mod.`) is dropped. Raises what read_tensors raises,
+        and ValueError, with the reason in one line, for a file of tensors that is no RWKV-7.
         """
         tensors, sha256 = read_tensors(path)
         tensors = without_common_prefix(tensors)
@@ -464,7 +470,7 @@ class RWKV7(nn.Module):
             att.w0.copy_((-6 + 6 * (linear + 0.5) ** (1 + depth ** 0.3) + 0.5 + 2.5 * zigzag).view(1, 1, C))
             att.a0.copy_((-0.19 + 0.3 * zigzag + 0.4 * linear).view(1, 1, C))
             att.v0.copy_((0.73 - 0.4 * linear).view(1, 1, C))
-            # the adapters' first matrices stay zero, so that they start silent
+            # the adapters' first matrices stay zero, so that every adapter starts silent
             for second in (att.w2, att.a2, att.v2, att.g2):
                 orthogonal(second, 0.1 * max(1.0, math.sqrt(second.shape[0] / second.shape[1])))
             att.k_k.copy_((0.71 - 0.1 * linear).view(1, 1, C))
@@ -507,6 +513,13 @@ def check_fit(config: Config, tokens, state, lengths, seed_state, answer) -> Non
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError("tokens must be (B, T) integers, with at least one token a row, not "
                          f"{tuple(tokens.shape)} of {tokens.dtype}")
+    for name, ids in (("tokens", tokens), ("answer", answer)):
+        # torch's own error has no number in it
+        if ids is not None and ids.device.type == "cpu" and ids.numel() > 0:
+            low, high = (end.item() for end in ids.aminmax())
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(f"{name} must be 0 to {config.vocab_size - 1}, as the model's vocabulary is, "
+                                 f"not {low} to {high}")
     B, T = tokens.shape
     if answer is not None and (answer.ndim != 2 or len(answer) != B):
         raise ValueError(f"answer must be ({B}, A), a row for each row of tokens, not {tuple(answer.shape)}")
@@ -643,7 +656,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
 
 
 def without_common_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under official names, where a prefix before all of them is all that differs."""
+    """The tensors without the prefix that all names share, if what is left are the official names."""
     prefix = os.path.commonprefix(list(tensors))
     if f"{prefix}emb.weight" not in tensors:
         return tensors

@@ -18,7 +18,7 @@ import numpy as np
 from data import Example
 from files import atomic_write, counted, read_lines
 from rounds import Round, load_rounds
-from runs import ARMS, CONTROLS, METRICS, check_shape, naming_damage, read_round, recipe_of
+from runs import ARMS, CONTROLS, METRICS, Seed, check_shape, naming_damage, read_round, recipe_of
 from standin import chance, small_tokenizer
 from stats import (EFFECT, JUMP, MIN_SEEDS, chance_to_gain, holm, judge, mcnemar, sign_test, signs)
 
@@ -34,52 +34,65 @@ def analyse(folder: Path, seeds: list[int] | None = None) -> dict:
     Below six seeds interval, p, gain and p_jumped are None.
     """
     found, notes, damaged = read_round(folder, seeds)
-    run = next(iter(found.values())).runs["no_fs"]
+    reference = next(iter(found.values()))    # all seeds agree in what is read from this one
+    run = reference.runs["no_fs"]
     source, recipe = run["source"], recipe_of(run)
-    real, miniatures = load_rounds()
-    published = (miniatures if source == "standin" else real).get(folder.name, recipe)
-    ids = sorted(next(iter(found.values())).evaluations["no_fs"])
-    over_seeds, deltas = {}, {}
+    real, on_standin = load_rounds()
+    published = real.get(folder.name, recipe)
+    log = None
+    if source == "standin":
+        published = on_standin.get(folder.name, recipe)
+    if published.log and source != "own":
+        log = log_numbers(published)
+    ids = sorted(reference.evaluations["no_fs"])
     per_seed = [{"seed": seed, "steps": [both.runs[arm]["steps"] for arm in ARMS]}
                 for seed, both in found.items()]
+    differences, over_seeds = {}, {}
     for metric in METRICS:
-        without, with_fs = (np.array([[both.evaluations[arm][id][metric] for id in ids]
-                                      for both in found.values()]) for arm in ARMS)    # (S, n) each
-        d = with_fs - without
-        half = 1.96 * d.std(axis=1, ddof=1) / math.sqrt(len(ids))    # of the interval over questions, (S,)
+        without = score_table(found, "no_fs", metric, ids)        # (S, n)
+        with_fs = score_table(found, "prompt_fs", metric, ids)    # (S, n)
+        d = differences[metric] = with_fs - without
+        half = 1.96 * d.std(axis=1, ddof=1) / math.sqrt(len(ids))    # half the interval over questions, (S,)
         for s, line in enumerate(per_seed):
             mean = float(d[s].mean())
             line[metric] = {"no_fs": float(without[s].mean()), "prompt_fs": float(with_fs[s].mean()),
                             "d": mean, "low": mean - float(half[s]), "high": mean + float(half[s])}
-        deltas[metric] = d.mean(axis=1)
-        over_seeds[metric] = {"mean": float(deltas[metric].mean()), "std": float(deltas[metric].std()),
-                              "signs": signs(deltas[metric])}
-        if metric == "acc":
-            verdict, low, high = judge(d)
-    learned = {arm: np.array([line["acc"][arm] > JUMP for line in per_seed]) for arm in ARMS}
-    # what was registered is the miniature as published, on the seeds that were registered, and nothing else
+        means = d.mean(axis=1)    # (S,)
+        over_seeds[metric] = {"mean": float(means.mean()), "std": float(means.std()), "signs": signs(means)}
+    d_acc = differences["acc"].mean(axis=1)    # (S,)
+    verdict, low, high = judge(differences["acc"])
+    jumped = {arm: np.array([line["acc"][arm] > JUMP for line in per_seed]) for arm in ARMS}
+    # registered was the published recipe on the stand-in, on the seeds that rounds.toml lists, and no more
     registered = (published.primary and source == "standin" and recipe.settings() == published.settings()
                   and run["minutes"] is None and sorted(found) == sorted(published.registered))
     interval = p = gain = p_jumped = None    # below six seeds none of these can tell anything
     if len(found) >= MIN_SEEDS:
-        interval, gain = [low, high], [float(share) for share in chance_to_gain(deltas["acc"])]
-        p, p_jumped = float(sign_test(deltas["acc"])), float(mcnemar(learned["no_fs"], learned["prompt_fs"]))
+        interval = [low, high]
+        p = float(sign_test(d_acc))
+        gain = [float(share) for share in chance_to_gain(d_acc)]
+        p_jumped = float(mcnemar(jumped["no_fs"], jumped["prompt_fs"]))
     return {
         "round": folder.name, "title": published.title, "task": recipe.task, "source": source,
         "standin": source == "standin", "folder": str(folder), "primary": registered, "seeds": list(found),
         "examples": len(ids), "settings": run["settings"], "notes": notes, "damaged": damaged,
         "labels": labels_of(run, published), "per_seed": per_seed, "over_seeds": over_seeds,
-        "verdict": verdict, "median": float(np.median(deltas["acc"])),
+        "verdict": verdict, "median": float(np.median(d_acc)),
         "interval": interval, "p": p, "gain": gain, "p_jumped": p_jumped,
-        "jumped": {arm: int(learned[arm].sum()) for arm in ARMS},
-        "controls": controls_of(found.values()),
-        "log": log_numbers(published) if published.log and source != "own" else None,
+        "jumped": {arm: int(jumped[arm].sum()) for arm in ARMS},
+        # accuracy of prompt_fs under each control, by seed
+        "controls": {control: [mean_of(both.controls[control], "acc") for both in found.values()]
+                     for control in CONTROLS},
+        "log": log,
     }
 
 
-def controls_of(seeds) -> dict[str, list[float]]:
-    """Accuracy of prompt_fs under each control, by seed."""
-    return {control: [mean_of(seed.controls[control], "acc") for seed in seeds] for control in CONTROLS}
+def score_table(found: dict[int, Seed], arm: str, metric: str, ids: list[str]) -> np.ndarray:
+    """A metric of one arm, (S, n): a row a seed, a column an example, in the order of `ids`."""
+    rows = []
+    for both in found.values():
+        scores = both.evaluations[arm]
+        rows.append([scores[id][metric] for id in ids])
+    return np.array(rows)
 
 
 def mean_of(scores: dict[str, dict], metric: str) -> float:
@@ -88,7 +101,7 @@ def mean_of(scores: dict[str, dict], metric: str) -> float:
 
 
 def metrics_shown(source: str, task: str) -> tuple[str, ...]:
-    """The metrics that say something. A stand-in's answers are one token; ARC's F1 is its EM."""
+    """The metrics that say something: answers of the stand-in are one token, and F1 of ARC is its EM."""
     if source == "standin":
         return "acc", "loss"
     if task == "arc":
@@ -107,8 +120,12 @@ def labels_of(run: dict, published: Round) -> list[str]:
         labels.append(f"ANOTHER BASE, {run['base']['name']}: not comparable with the log")
     if run["minutes"] is not None:
         labels.append(f"each arm was trained for {run['minutes']:g} minutes, in place of the round's steps")
-    changed = [f"{key}={settings[key]}" for key, value in published.settings().items()
-               if settings[key] != value and not (run["source"] == "own" and key == "min_prompt")]
+    changed = []
+    for key, value in published.settings().items():
+        # train.py asks own questions of any length, so there another min_prompt is no change
+        ignored = run["source"] == "own" and key == "min_prompt"
+        if settings[key] != value and not ignored:
+            changed.append(f"{key}={settings[key]}")
     if changed:
         labels.append(f"settings changed from the round's: {', '.join(changed)}")
     if run["data"]["questions_cut"]:
@@ -122,20 +139,23 @@ def labels_of(run: dict, published: Round) -> list[str]:
 
 
 def log_numbers(recipe: Round) -> dict:
-    """The log's line of a round, with what can be computed from its per-seed numbers."""
+    """What the log reported for a round, with what can be recomputed from its numbers by seed."""
     deltas = np.array(recipe.log["d_acc"])
     mean, std = float(deltas.mean()), float(deltas.std())
-    off = max(abs(mean - recipe.log["mean"]), abs(std - recipe.log["std"]))    # each was rounded to 4 digits
-    return {**recipe.log, "recomputed": {"mean": mean, "std": std}, "as_logged": off < 1.5e-4,
+    error = max(abs(mean - recipe.log["mean"]), abs(std - recipe.log["std"]))
+    return {**recipe.log, "recomputed": {"mean": mean, "std": std},
+            "as_logged": error < 1.5e-4,    # the log rounds to 4 digits
             "signs": signs(deltas), "verdict": judge(deltas[:, None])[0]}
 
 
 # ---- in words ----------------------------------------------------------------------------------------------
 
 def text_of_round(result: dict, p_in_words: str | None) -> str:
-    """One round's report for a terminal. p_in_words: of the sign test; None below six seeds."""
+    """One round's report for a terminal. Args: p_in_words, of the sign test; None below six seeds."""
     seeds, standin = len(result["seeds"]), result["source"] == "standin"
-    length = "" if standin else f", prompts of up to {result['settings']['max_prompt']} tokens"
+    length = ""
+    if not standin:
+        length = f", prompts of up to {result['settings']['max_prompt']} tokens"
     lines = [f"{result['round']}: {result['title']}{length}; {counted(seeds, 'seed')} on "
              f"{counted(result['examples'], 'question')}"]
     lines += [*result["labels"], *result["notes"], *result["damaged"]]
@@ -162,20 +182,28 @@ def text_of_round(result: dict, p_in_words: str | None) -> str:
         lines.append(f"verdict on d_acc: {result['verdict']}, with {seeds} of the {MIN_SEEDS} seeds it takes")
     if standin:
         jumped = result["jumped"]
-        p = f"; exact paired p {result['p_jumped']:.3f}" if seeds >= MIN_SEEDS else ""
+        p = ""
+        if seeds >= MIN_SEEDS:
+            p = f"; exact paired p {result['p_jumped']:.3f}"
         lines.append(f"seeds that learned it (more than {JUMP:.0%} right): no_fs {jumped['no_fs']} of "
                      f"{seeds}, prompt_fs {jumped['prompt_fs']} of {seeds}{p}")
     for control, values in result["controls"].items():
         numbers = " ".join(f"{value:.4f}" for value in values)
         lines.append(f"accuracy of prompt_fs with its seed states {CONTROLS[control]}: {numbers}")
     if result["log"]:
-        where = " (on real records)" if standin else ""
+        where = ""
+        if standin:
+            where = " (on real records)"
         lines.append(f"the log{where}: {text_of_log(result['log'])}")
     return "\n  ".join(lines) + "\n"
 
 
 def text_of(results: list[dict]) -> str:
-    """The reports of several rounds. One was registered as the study's question; the others are a family."""
+    """The reports of several rounds.
+
+    The round that the study registered as its question keeps its p. The others are a family, and their p are
+    corrected for their number.
+    """
     family = [result for result in results if not result["primary"] and len(result["seeds"]) >= MIN_SEEDS]
     corrected = iter(holm([result["p"] for result in family]))
     texts = []
@@ -192,18 +220,23 @@ def text_of(results: list[dict]) -> str:
 
 
 def text_of_log(log: dict) -> str:
-    """The log's line of a round; its mean and deviation are recomputed from its per-seed numbers."""
-    deltas, found = " ".join(f"{delta:+.4f}" for delta in log["d_acc"]), log["recomputed"]
-    doubt = "" if log["as_logged"] else f" (NOT as logged, {log['mean']:+.4f} and {log['std']:.4f})"
+    """The log's line of a round, with mean and standard deviation recomputed from its numbers by seed."""
+    deltas = " ".join(f"{delta:+.4f}" for delta in log["d_acc"])
+    found = log["recomputed"]
+    doubt = ""
+    if not log["as_logged"]:
+        doubt = f" (NOT as logged, {log['mean']:+.4f} and {log['std']:.4f})"
     return (f"d_acc {deltas}, mean {found['mean']:+.4f}, std {found['std']:.4f}{doubt}, sign(+/0/-) "
             f"{log['signs']}, \"{log['status']}\"; by our rule {log['verdict']}")
 
 
 def write_report(folder: Path) -> tuple[dict, str]:
-    """The report on a round's folder, which is also written beside the folder, under the log's own name."""
+    """The report on a round's folder, which is also written beside it, under the log's own file name."""
     result = analyse(folder)
     text = text_of([result])
-    name = result["log"]["summary"] if result["log"] else f"_summary_{folder.name}.txt"
+    name = f"_summary_{folder.name}.txt"
+    if result["log"]:
+        name = result["log"]["summary"]
     with atomic_write(folder.with_name(name), "w") as file:
         file.write(text)
     return result, text
@@ -218,12 +251,16 @@ def question_as_arguments(prompt: str) -> str:
 
 
 def explain(result: dict, seed: int, validation: list[Example], folder: Path) -> str:
-    """A seed on the stand-in in plain words: what was asked, what came out, what that does not say."""
+    """A seed on the stand-in in plain words: what was asked, what came out, what that does not say.
+
+    Args: result, of analyse; validation, the examples that were scored; folder, of the seed.
+    """
     place = result["seeds"].index(seed)
     acc, off = result["per_seed"][place]["acc"], result["controls"]["off"][place]
     settings = result["settings"]
-    written = {}    # arm -> example id -> the answer that it wrote last
+    written = {}    # arm -> example id -> the answer at the last evaluation
     for arm in ARMS:
+        # the file holds every evaluation, the last one at its end, where it replaces those before it
         records = [json.loads(line) for _, line in read_lines(folder / arm / "records.jsonl")]
         written[arm] = {record["id"]: record["text"] for record in records}
     apart = [example for example in validation
@@ -264,7 +301,7 @@ class Row(NamedTuple):
     title: str
     no_fs: dict[int, float]
     prompt_fs: dict[int, float]
-    off: dict[int, float]     # of prompt_fs, its seed states switched off
+    off: dict[int, float]     # of prompt_fs with its seed states switched off
     guess: float | None       # what a fact picked at random scores
 
 
@@ -274,35 +311,47 @@ def draw_scores(panel, rows: list[Row]) -> None:
         for seed in sorted(row.no_fs.keys() & row.prompt_fs.keys()):
             pair = [row.no_fs[seed], row.prompt_fs[seed]]
             panel.plot(pair, [place - 0.2, place], color="0.85", linewidth=0.7)
-        for name, values, mark, shift, label in (
-            ("no_fs", row.no_fs, "o", -0.2, "no_fs"), ("prompt_fs", row.prompt_fs, "D", 0.0, "prompt_fs"),
-            ("off", row.off, "x", 0.2, "prompt_fs, seed states off"),
-        ):
-            panel.plot(list(values.values()), [place + shift] * len(values), mark, color=COLOURS[name],
-                       markersize=4, alpha=0.7, label=None if place else label)
+
+        def draw_marks(scores: dict[int, float], height: float, mark: str, colour: str, label: str) -> None:
+            panel.plot(list(scores.values()), [height] * len(scores), mark, color=colour, markersize=4,
+                       alpha=0.7, label=label)
+
+        draw_marks(row.no_fs, place - 0.2, "o", COLOURS["no_fs"], "no_fs")
+        draw_marks(row.prompt_fs, place, "D", COLOURS["prompt_fs"], "prompt_fs")
+        draw_marks(row.off, place + 0.2, "x", COLOURS["off"], "prompt_fs, seed states off")
         if row.guess is not None:
             panel.plot([row.guess] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1,
-                       label=None if place else "a fact picked at random")
+                       label="a fact picked at random")
     panel.set_yticks(range(len(rows)), [row.title for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(-0.02, 1.02)
 
 
+def draw_legend(panel, **options) -> None:
+    """A legend in which every label stands once, although every row and every seed was drawn with its own."""
+    handles, labels = panel.get_legend_handles_labels()
+    handle_of = dict(zip(labels, handles))
+    panel.legend(handle_of.values(), handle_of.keys(), **options)
+
+
 def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) -> None:
     """Training loss by step, a thin line a seed, as a mean over `window` steps; dots: validation loss.
 
-    curves: arm -> the lines of metrics.jsonl of every seed.
+    Args: curves, for each arm the lines of metrics.jsonl of every seed.
     """
-    drawn, usual = [], []    # every loss of the picture; those that decide how high it is
+    drawn = []    # every loss of the picture
+    usual = []    # the losses that decide how high the picture is
     for arm, seeds in curves.items():
-        for number, lines in enumerate(seeds):
+        for lines in seeds:
             training = [line for line in lines if "train_loss" in line]
             evaluations = [line for line in lines if "loss" in line]
             losses = [line["train_loss"] for line in training]
-            smooth = [float(np.mean(losses[max(0, i - window + 1):i + 1])) for i in range(len(losses))]
+            smooth = []
+            for i in range(len(losses)):
+                smooth.append(float(np.mean(losses[max(0, i - window + 1):i + 1])))
             validation = [line["loss"] for line in evaluations]
             panel.plot([line["step"] for line in training], smooth, color=COLOURS[arm], linewidth=0.8,
-                       alpha=0.7, label=None if number else arm)
+                       alpha=0.7, label=arm)
             panel.plot([line["step"] for line in evaluations], validation, "o", color=COLOURS[arm],
                        markersize=3, alpha=0.7)
             drawn += smooth + validation
@@ -321,7 +370,7 @@ def draw_losses(panel, curves: dict[str, list[list[dict]]], window: int = 20) ->
     panel.set_ylabel("loss in nats", fontsize=8)
     panel.tick_params(labelsize=8)
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(fontsize=8, loc="upper right")
+    draw_legend(panel, fontsize=8, loc="upper right")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -329,16 +378,19 @@ def read_metrics(path: Path) -> list[dict]:
     with naming_damage(path):
         lines = [json.loads(line) for _, line in read_lines(path)]
         for line in lines:
-            check_shape(line, {"step": int, "train_loss" if "train_loss" in line else "loss": float})
+            loss = "loss"
+            if "train_loss" in line:
+                loss = "train_loss"
+            check_shape(line, {"step": int, loss: float})
         if not any("loss" in line for line in lines):
             raise ValueError("it holds no evaluation")
     return lines
 
 
 def plot(folders: list[Path], path: Path, seeds: list[int] | None = None) -> None:
-    """Draw rounds' folders, one below the other: every seed's scores, and the losses of both arms by step.
+    """Draw the rounds in `folders`, one below the other: every seed's scores, and both arms' losses by step.
 
-    ValueError without matplotlib. Damage and what cannot be compared raise as in `analyse`.
+    Raises ValueError without matplotlib, and otherwise as `analyse`.
     """
     try:
         from matplotlib.figure import Figure
@@ -368,7 +420,8 @@ def plot(folders: list[Path], path: Path, seeds: list[int] | None = None) -> Non
         scores.set_title(f"{folder.name}{where}, {counted(len(found), 'seed')}", fontsize=10)
         scores.set_xlabel("score at the end, a mark a seed", fontsize=8)
         scores.tick_params(labelsize=8)
-        scores.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
+        draw_legend(scores, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4,
+                    frameon=False)
         draw_losses(losses, {arm: [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl")
                                    for seed in found] for arm in ARMS})
     with atomic_write(path) as file:

@@ -1,13 +1,14 @@
 """What a round is: one recipe, run without and with Future-Seed, as written in rounds.toml.
 
 A round is a flat set of settings. Each is declared once below, with its type, its default, what it means and
-what it may be; rounds.toml, `--set key=value` and `train.py --list` all go by that. The Future-Seed settings
-have the names of the experiment log, whose rounds R2 to R10 these are: a line of the log can be pasted after
-`--set`. What the log measured for a round stands in `Round.log`.
+what it may be; rounds.toml, `--set key=value` and `train.py --list` all go by that.
+
+"The log" is the Future-Seed post-training experiment log, from which rounds R2 to R10 come. The Future-Seed
+settings have its names, so that a line of it can be pasted after `--set`. What it measured for a round stands
+in `Round.log`.
 """
 
 import dataclasses
-import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -19,13 +20,17 @@ FILE_NAME = "[A-Za-z0-9_][A-Za-z0-9_.-]*"    # without "..", which is a folder
 LARGEST_INT = 10**18             # of any whole number; torch takes no seed beyond 2**64
 TYPE_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
                  list: "a list"}
+# a [X.log] table in rounds.toml, which explains the keys
 LOG = {"script": str, "summary": str, "d_acc": list, "mean": float, "std": float, "d_loss": float,
        "status": str}
 
 
 def setting(meaning: str, default=dataclasses.MISSING, **bounds):
-    """A field that is a setting. Bounds: least and most that it may be; below, what it is under; multiple_of;
-    choices."""
+    """A field that is a setting.
+
+    Bounds: least and most, the smallest and the largest value; below, a value that is too large already;
+    multiple_of; choices, all the values that there are.
+    """
     return dataclasses.field(default=default, metadata={"meaning": meaning, **bounds})
 
 
@@ -85,12 +90,12 @@ class Round:
                                "to answer what it could", 0.25, least=0, most=1)
     channels: int = setting("stand-in: width of its base", 48, least=16, most=4096, multiple_of=16)
 
-    # what a round says about itself, and what does not decide a run
-    seeds: tuple[int, ...] = (0, 1, 2)       # that it runs by default; a run's seed draws its batches
+    # what a round says about itself: none of it decides what comes out of a run
+    seeds: tuple[int, ...] = (0, 1, 2)       # the seeds that it runs by default; a seed draws the batches
     primary: bool = False                    # the one comparison that the study registered as its question
-    registered: tuple[int, ...] = ()         # the seeds that were registered, on the stand-in
+    registered: tuple[int, ...] = ()         # the seeds on the stand-in that it registered for that
     inherits: str | None = None              # the round that its settings start from
-    log: dict | None = None                  # d_acc: prompt_fs minus no_fs by seed, their mean, std, status
+    log: dict | None = None                  # what the experiment log measured, with the keys of LOG
 
     def settings(self) -> dict:
         """All that decides a run but its seed, as plain JSON values."""
@@ -143,7 +148,7 @@ def setting_lines() -> list[str]:
 
 
 def is_number(value) -> bool:
-    """Whether it is a number that fp32 can hold: not NaN, not infinite, no bool."""
+    """Whether a value is a number that fp32 can hold: not NaN, not infinite, and no bool."""
     return type(value) in (int, float) and abs(value) < 1e38
 
 
@@ -156,13 +161,28 @@ def shown(value) -> str:
 
 
 def of_type(kind: type, key: str, value, where: str):
-    """The value, which must be of this type, and a number one that fp32 can hold; ValueError otherwise."""
+    """The value, which must be of this type, and for a float a number that fp32 can hold; else ValueError."""
     fits = type(value) is kind
     if kind is float:
         fits = is_number(value)
     if not fits:
         raise ValueError(f"{where}: {key} must be {TYPE_IN_WORDS[kind]}, not {shown(value)}")
     return value
+
+
+def within(bounds, value) -> bool:
+    """Whether a value keeps to the bounds of its setting, those that there are."""
+    if "choices" in bounds:
+        return value in bounds["choices"]
+    if "least" in bounds and value < bounds["least"]:
+        return False
+    if "most" in bounds and value > bounds["most"]:
+        return False
+    if "below" in bounds and value >= bounds["below"]:
+        return False
+    if "multiple_of" in bounds and value % bounds["multiple_of"] != 0:
+        return False
+    return True
 
 
 def checked(key: str, value, where: str):
@@ -175,14 +195,7 @@ def checked(key: str, value, where: str):
     value = kind(of_type(kind, key, value, where))    # 1 is 1.0 where a float is meant
     if kind is int and value >= LARGEST_INT:
         raise ValueError(f"{where}: {key} must be less than {LARGEST_INT:,}, not {shown(value)}")
-    if kind in (int, float):
-        outside = not bounds.get("least", -math.inf) <= value <= bounds.get("most", math.inf)
-        outside = outside or value >= bounds.get("below", math.inf)
-        if "multiple_of" in bounds:
-            outside = outside or value % bounds["multiple_of"] != 0
-    else:
-        outside = value not in bounds.get("choices", [value])
-    if outside:
+    if not within(bounds, value):
         raise ValueError(f"{where}: {key} must be {bounds_of(key)}, not {shown(value)}")
     if key == "base" and not re.fullmatch(FILE_NAME, value):
         raise ValueError(f"{where}: base must be the name of a published file, not {shown(value)}; --base "
@@ -212,18 +225,13 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
-    tasks = SETTINGS["task"].metadata["choices"]
-    fixed = ("task", "order")    # a round keeps them on the stand-in
     standin = table_of(tables.pop("standin", {}), f"{path}, [standin]")
-    overlays = {}
-    for task in tasks:
-        own = table_of(standin.pop(task, {}), f"{path}, [standin.{task}]")
-        overlays[task] = {key: checked(key, value, f"{path}, [standin.{task}]") for key, value in own.items()}
-    overlay = {key: checked(key, value, f"{path}, [standin]") for key, value in standin.items()}
-    for key in fixed:
-        if key in overlay or any(key in own for own in overlays.values()):
-            raise ValueError(f"{path}, [standin]: a round keeps its {key} on the stand-in; leave {key} out")
-    rounds, miniatures = {}, {}
+    overlays = {}    # of a task alone
+    for task in SETTINGS["task"].metadata["choices"]:
+        where = f"{path}, [standin.{task}]"
+        overlays[task] = checked_overlay(table_of(standin.pop(task, {}), where), where)
+    overlay = checked_overlay(standin, f"{path}, [standin]")    # of both tasks: what is left of the table
+    rounds, on_standin = {}, {}
     for name, table in tables.items():
         if name == "own":
             raise ValueError(f"{path}: no round may be called own; runs/own holds runs on a user's questions")
@@ -232,22 +240,30 @@ def load_rounds(path: str | Path = ROUNDS_FILE) -> tuple[dict[str, Round], dict[
                              f"{shown(name)}")
         where = f"{path}, [{name}]"
         rounds[name] = read_round_table(name, table_of(table, where), rounds, where)
-        small = overlay | overlays[rounds[name].task]
-        miniatures[name] = dataclasses.replace(rounds[name], **small)
+        on_standin[name] = dataclasses.replace(rounds[name], **(overlay | overlays[rounds[name].task]))
         check_together(rounds[name], where)
-        check_together(miniatures[name], f"{where} on the stand-in")
-    return rounds, miniatures
+        check_together(on_standin[name], f"{where} on the stand-in")
+    return rounds, on_standin
+
+
+def checked_overlay(table: dict, where: str) -> dict:
+    """Settings that are laid over a round on the stand-in, checked."""
+    for key in ("task", "order"):
+        if key in table:
+            raise ValueError(f"{where}: a round keeps its {key} on the stand-in; leave {key} out")
+    return {key: checked(key, value, where) for key, value in table.items()}
 
 
 def table_of(value, where: str) -> dict:
+    """A copy of the value, which must be a table; ValueError otherwise."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a table, not {shown(value)}")
     return dict(value)
 
 
 def read_round_table(name: str, table: dict, above: dict[str, Round], where: str) -> Round:
-    """One round from its table in the file. `above`: the rounds that stand above it."""
-    own = {"name": name, **NOT_INHERITED}
+    """One round from its table in the file. Args: above, the rounds that stand above it there."""
+    own = {"name": name, **NOT_INHERITED}    # what does not come from the parent
     parent = table.pop("inherits", None)
     if parent is not None and (type(parent) is not str or parent not in above):
         raise ValueError(f"{where}: inherits = {shown(parent)}: no round above has this name")
@@ -302,7 +318,7 @@ def checked_log(table, where: str) -> dict:
 # ---- the command line --------------------------------------------------------------------------------------
 
 def expand(names: list[str], rounds: dict[str, Round]) -> list[str]:
-    """Names as they are in rounds.toml, from names as people write them: r8 is R8, and R9 is R9a and R9b."""
+    """The names in rounds.toml that people's names mean: r8 means R8, and R9 means both R9a and R9b."""
     expanded = []
     for wanted in names:
         found = [name for name in rounds if re.fullmatch(re.escape(wanted) + "[a-z]?", name, re.IGNORECASE)]
@@ -319,7 +335,9 @@ def seeds_of(text: str) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
         if not match:
             raise ValueError(f"--seeds {text}: write seeds as 0-9 or 0,3,5")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first = last = int(match[1])
+        if match[2]:
+            last = int(match[2])
         if not first <= last < first + 10_000:
             raise ValueError(f"--seeds {text}: {part.strip()} counts down, or is more than 10,000 seeds")
         seeds += range(first, last + 1)
@@ -331,11 +349,11 @@ def with_settings(recipe: Round, pairs: list[str]) -> Round:
     changes = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not equals:
+        if not equals or "\n" in pair:    # a second line would be a second key, which nobody reads
             raise ValueError(f"--set {pair}: write key=value, as in --set steps=20 lr=1e-5")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):    # no TOML: a word without quotes, for one
+        except (ValueError, RecursionError):    # not TOML, as a word without quotes is not
             value = text
         changes[key] = checked(key, value, f"--set {pair}")
     return dataclasses.replace(recipe, **changes)

@@ -29,9 +29,10 @@ METRICS = ("acc", "loss", "EM", "F1")    # eval.py says what they are
 CONTROLS = {"off": "switched off", "other": "made from another prompt",
             "shuffled": "made from its own prompt, end shuffled"}
 FOLDERS = {"real": "", "own": "own", "standin": "standin"}
-NO_MEMORY = "DefaultCPUAllocator"        # in a RuntimeError: torch has no class for memory that a CPU lacks
+NO_MEMORY = "DefaultCPUAllocator"        # in the RuntimeError that torch raises where a CPU lacks memory
 
-# the types of what stands in a run's files; a tuple is a choice, a dict or list goes on inside
+# what a run's files hold, as check_shape reads it: a type; (a type, None) where the value may be null; a dict
+# of the keys that there must be; a list of entries that are all alike
 SURROUNDINGS = {"from_step": int, "code": str, "machine": dict}
 IDENTITY = {
     "round": str, "seed": int, "arm": str, "source": str, "settings": dict, "minutes": (float, None),
@@ -49,8 +50,8 @@ class Seed(NamedTuple):
     """Both arms of one seed, finished and alike."""
 
     runs: dict[str, dict]           # arm -> its run.json
-    evaluations: dict[str, dict]    # arm -> example id -> the scores of its last evaluation, by METRICS
-    controls: dict[str, dict]       # control -> example id -> the scores of prompt_fs
+    evaluations: dict[str, dict]    # arm -> example id -> metric -> score, at the last evaluation
+    controls: dict[str, dict]       # control -> example id -> metric -> score of prompt_fs
 
 
 class Damaged(ValueError):
@@ -67,7 +68,7 @@ def naming_damage(path: Path, remedy: str = START_OVER) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, (OSError, Damaged)) or NO_MEMORY in str(error):
-            raise
+            raise    # these say what happened already, and it is no damage
         reason = " ".join(str(error).removeprefix(f"{path}: ").split())[:120]
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
@@ -104,22 +105,29 @@ def differences(one, other, name: str = "") -> list[tuple]:
         for key in {**one, **other}:
             found += differences(one.get(key), other.get(key), f"{name}.{key}".lstrip("."))
         return found
-    return [] if one == other else [(name, one, other)]
+    if one == other:
+        return []
+    return [(name, one, other)]
 
 
-def in_words(differences: list[tuple], here: str, there: str) -> str:
-    """The first few differences, as "settings.lr is 1e-05 on disk, 3e-05 in this command"."""
+def in_words(differences: list[tuple], of_one: str, of_other: str) -> str:
+    """The first few differences, as "settings.lr is 1e-05 on disk, 3e-05 in this command".
+
+    Args: of_one and of_other, where the first and the second value of every difference are from.
+    """
     def short(value) -> str:
         return " ".join(str(value).split())[:16]    # a message is one line, whatever a file holds
 
-    texts = [f"{name} is {short(one)} {here}, {short(other)} {there}" for name, one, other in differences]
+    texts = []
+    for name, one, other in differences:
+        texts.append(f"{name} is {short(one)} {of_one}, {short(other)} {of_other}")
     if len(texts) > 3:
         texts = texts[:3] + [f"and {len(texts) - 3} more"]
     return "; ".join(texts)
 
 
 def check_same_run(place: Path, found: dict, wanted: dict) -> None:
-    """ValueError unless what was found on the disk is the run that is wanted: all of its identity."""
+    """ValueError unless the run found at `place` has the whole identity of the run that is wanted."""
     unlike = differences({key: found.get(key) for key in wanted}, wanted)
     if unlike:
         raise ValueError(f"{place} already contains a different run: "
@@ -128,36 +136,43 @@ def check_same_run(place: Path, found: dict, wanted: dict) -> None:
 
 
 def comparable_part(run: dict, across_seeds: bool) -> dict:
-    """What must be equal in two runs for their scores to be compared."""
-    part = {key: run[key] for key in ("source", "settings", "minutes", "base", "data")}
-    if across_seeds and run["source"] == "standin":
-        # there every seed has a base and training questions of its own
-        part["base"], part["data"] = None, run["data"]["validation"]
+    """What must be equal in two runs for their scores to be compared.
+
+    Args: run, or as much of it as is known; across_seeds, whether the two runs are of different seeds.
+    """
+    part = {key: run[key] for key in ("source", "settings", "minutes", "base", "data") if key in run}
+    if across_seeds and run["source"] == "standin" and "data" in run:
+        # on the stand-in every seed has its own base and training questions, and validation alone is shared
+        part["base"] = None
+        part["data"] = run["data"]["validation"]
     return part
 
 
 def check_comparable(folder: Path, identity: dict, arms: list[str], replaced: set[int]) -> None:
-    """ValueError if a run that is about to start could not be compared with the runs that are there.
+    """ValueError if a run that is about to start could not be compared with the runs on the disk.
 
-    Args: folder, of the round; identity, of the run; arms that are about to run; replaced, the seeds whose
-    runs this command deletes first.
+    Args: folder, of the round; identity, of the run, or as much of it as is known so far; arms that are about
+    to run; replaced, the seeds whose runs this command deletes first.
     """
     for seed in seeds_on_disk(folder):
         for arm in ARMS:
-            own = seed == identity["seed"] and arm in arms
+            # status_of looks at the runs that are about to start, and --fresh deletes those that it replaces
+            skipped = arm in arms and (seed == identity["seed"] or seed in replaced)
             place = folder / f"seed{seed}" / arm
-            if own or (seed in replaced and arm in arms) or not (place / "run.json").exists():
+            if skipped or not (place / "run.json").exists():
                 continue
             try:
-                there = read_run(place)
+                run = read_run(place)
             except ValueError:
-                continue    # the report tells of damage, and leaves the seed out
-            across = seed != identity["seed"]
-            unlike = differences(comparable_part(there, across), comparable_part(identity, across))
+                continue    # the report tells of the damage, and leaves the seed out
+            across_seeds = seed != identity["seed"]
+            wanted = comparable_part(identity, across_seeds)
+            found = comparable_part(run, across_seeds)
+            unlike = differences({key: found[key] for key in wanted}, wanted)
             if unlike:
-                raise ValueError(f"seed {identity['seed']} could not be compared with {place}: "
-                                 f"{in_words(unlike, 'there', 'in this command')}. Run both alike, or pass "
-                                 "another --runs DIR.")
+                what = in_words(unlike, "in that run", "in this command")
+                raise ValueError(f"seed {identity['seed']} could not be compared with {place}: {what}. Run "
+                                 "both alike, or pass another --runs DIR.")
 
 
 # ---- one run, read back ------------------------------------------------------------------------------------
@@ -173,7 +188,7 @@ def read_run(folder: Path) -> dict:
         if run["source"] not in FOLDERS or run["status"] not in ("running", "done"):
             raise ValueError(f"source {run['source']!r}, status {run['status']!r}")
         minutes = run["minutes"]
-        if minutes is not None and not 0 < minutes < 1e9:    # NaN is not equal to itself
+        if minutes is not None and not 0 < minutes < 1e9:    # so that NaN is refused too
             raise ValueError(f"minutes is {minutes}")
         if not 0 <= run["steps"] < 10**9 or not run["history"] or run["data"]["questions_cut"] < 0:
             raise ValueError("steps, history or questions_cut has a value that cannot be")
@@ -182,7 +197,7 @@ def read_run(folder: Path) -> dict:
 
 
 def recipe_of(run: dict) -> Round:
-    """The recipe that a run was made by, from its own settings. ValueError if they are none."""
+    """The recipe of a run, from the settings in its run.json. ValueError where these are no recipe."""
     settings = {key: checked(key, value, "settings") for key, value in run["settings"].items()}
     try:
         recipe = Round(name=run["round"], title="", **settings)
@@ -203,15 +218,22 @@ def status_of(folder: Path, identity: dict) -> str:
 
 
 def read_records(path: Path, by: str = "step") -> dict:
-    """records.jsonl as {step: {example id: scores by METRICS}}; controls.jsonl likewise, by "control".
+    """records.jsonl as step -> example id -> metric -> score.
 
-    ValueError names the file where a value cannot be, an example is there twice, or an evaluation lacks one.
+    Args: by, "step", or "control" for controls.jsonl, which then comes as control -> example id -> ….
+    Raises: ValueError that names the file, where it is missing, a value cannot be, an evaluation has an
+        example twice, or two evaluations have different examples.
     """
+    if not path.exists():
+        raise Damaged(f"{path} is missing. {START_OVER}")
     evaluations = {}
+    shape = RECORD | {by: int}
+    if by == "control":
+        shape = RECORD | {by: str}
     with naming_damage(path):
         for number, line in read_lines(path):
             record = json.loads(line)
-            check_shape(record, RECORD | {by: int if by == "step" else str}, f"line {number}")
+            check_shape(record, shape, f"line {number}")
             in_range = (0 <= record["correct"] <= record["tokens"] < 10**6 and 0 <= record["loss"] < 1e30
                         and record["exact"] in (0, 1) and 0 <= record["f1"] <= 1 and record["tokens"] > 0)
             evaluation = evaluations.setdefault(record[by], {})
@@ -225,7 +247,10 @@ def read_records(path: Path, by: str = "step") -> dict:
 
 
 def read_seed(folder: Path) -> Seed:
-    """Both arms of a seed. OSError where an arm is not finished, ValueError where it is damaged or unlike."""
+    """Both arms of a seed.
+
+    Raises: OSError where one is not finished; ValueError where one is damaged, or the two cannot be compared.
+    """
     runs = {arm: read_run(folder / arm) for arm in ARMS}
     for arm, run in runs.items():
         if run["status"] != "done":
@@ -237,7 +262,8 @@ def read_seed(folder: Path) -> Seed:
         if run["steps"] not in by_step:
             raise Damaged(f"{path} holds no evaluation at step {run['steps']}. {START_OVER}")
         evaluations[arm] = by_step[run["steps"]]
-    unlike = differences(*(comparable_part(runs[arm], across_seeds=False) for arm in ARMS))
+    unlike = differences(comparable_part(runs["no_fs"], across_seeds=False),
+                         comparable_part(runs["prompt_fs"], across_seeds=False))
     if unlike:
         what = in_words(unlike, "in no_fs", "in prompt_fs")
         raise Damaged(f"{folder}: its arms cannot be compared: {what}. Run both alike, with --fresh.")
@@ -245,19 +271,20 @@ def read_seed(folder: Path) -> Seed:
     controls = read_records(path, by="control")
     if controls.keys() != CONTROLS.keys():
         raise Damaged(f"{path} should hold the controls {', '.join(CONTROLS)}. {START_OVER}")
-    questions = [part.keys() for part in (*evaluations.values(), *controls.values())]
-    if any(ids != questions[0] for ids in questions) or len(questions[0]) < 2:
+    ids = evaluations["no_fs"].keys()
+    alike = all(scores.keys() == ids for scores in [*evaluations.values(), *controls.values()])
+    if not alike or len(ids) < 2:
         raise Damaged(f"{folder}: its arms were scored on different questions, or on one alone. Run both "
                       "again, with --fresh.")
     return Seed(runs, evaluations, controls)
 
 
 def read_checkpoint(path: Path, identity: dict, ids: list[str]) -> dict:
-    """A run's checkpoint.pt, checked; its tensors are for the caller to fit to a model.
+    """A run's checkpoint.pt, checked but for its tensors, which the caller fits to a model.
 
     Args: identity, of the run; ids, of its validation examples, in their order.
-    Raises: ValueError where it is damaged, another run's, or where its step, its losses and its records do not
-        belong together.
+    Raises: ValueError where it is damaged or another run's, or where its step, its losses and its records do
+        not belong together.
     """
     with naming_damage(path):
         saved, _ = read_pt(path)
@@ -268,11 +295,12 @@ def read_checkpoint(path: Path, identity: dict, ids: list[str]) -> dict:
         check_shape(losses, [{"train_loss": float}], "metrics")
         trained = [line["step"] for line in losses]
         evaluated = [line["step"] for line in saved["metrics"] if "train_loss" not in line]
-        due = list(range(0, len(trained), identity["settings"]["eval_every"]))
-        scored = [(step, id) for step in evaluated for id in ids]
-        if (trained != list(range(1, len(trained) + 1)) or len(trained) != saved["step"]
-                or evaluated not in (due, due + [saved["step"]])    # the last one is made after a save
-                or [(line["step"], line["id"]) for line in saved["records"]] != scored):
+        # an evaluation follows a save, so that of the last step may be in the checkpoint or not
+        due = list(range(0, saved["step"], identity["settings"]["eval_every"]))
+        scored = [(line["step"], line["id"]) for line in saved["records"]]
+        if (trained != list(range(1, saved["step"] + 1))
+                or evaluated not in (due, due + [saved["step"]])
+                or scored != [(step, id) for step in evaluated for id in ids]):
             raise ValueError("its step, its losses and its records do not belong together")
         if not saved["history"] or not 0 <= saved["seconds"] < 1e12:
             raise ValueError("history or seconds has a value that cannot be")
@@ -282,13 +310,19 @@ def read_checkpoint(path: Path, identity: dict, ids: list[str]) -> dict:
 def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bool:
     """Copy an identical finished no_fs run from another round, as R8 has R6's. True if there was one.
 
-    Without Future-Seed its settings decide nothing. A budget in minutes depends on the clock, and a run that
-    was resumed elsewhere on two machines: neither is identical to anything.
+    Without Future-Seed its settings decide nothing, so they may differ. A run with a budget in minutes
+    depends on the clock, and one that was resumed elsewhere depends on two machines. Neither is ever copied.
+
+    Args: folder, into which the run is copied; identity, of the run that is wanted; surroundings, the code
+    version and the machine that this command runs on.
     """
-    if identity["arm"] != "no_fs" or identity["minutes"] is not None or folder.exists():
-        return False    # the last: a run of this round has begun, and goes on
+    if identity["arm"] != "no_fs" or identity["minutes"] is not None:
+        return False
+    if folder.exists():    # a run of this round has begun here, and goes on
+        return False
 
     def decisive(run: dict) -> dict:
+        """What decides the numbers of a no_fs run."""
         settings = {key: value for key, value in run["settings"].items()
                     if not key.startswith(("fs_", "alpha_"))}
         return {key: run[key] for key in IDENTITY} | {"round": None, "settings": settings}
@@ -300,9 +334,9 @@ def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bo
             whole = (run["status"] == "done" and run["steps"] in read_records(path / "records.jsonl")
                      and (path / "model.pth").exists())
         except (ValueError, OSError):
-            continue    # damaged, or being deleted: the round that it belongs to tells of it
-        here = [{"from_step": 0, **surroundings}]
-        if whole and run["history"] == here and not differences(decisive(run), decisive(identity)):
+            continue    # damaged, or just being deleted: reports on its own round tell of it
+        ran_like_this = run["history"] == [{"from_step": 0, **surroundings}]
+        if whole and ran_like_this and not differences(decisive(run), decisive(identity)):
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".copy-"), "no_fs")
             try:
                 shutil.copytree(path, temporary)
@@ -319,7 +353,7 @@ def copy_identical_no_fs(folder: Path, identity: dict, surroundings: dict) -> bo
 # ---- a round's runs, read back -----------------------------------------------------------------------------
 
 def seeds_on_disk(folder: Path) -> list[int]:
-    """The seeds of a round's folder. seed05 is none: it would be the same as seed5."""
+    """The seeds in a round's folder. A folder seed05 is not one of them, for it would be seed 5 again."""
     return sorted(int(path.name[4:]) for path in folder.glob("seed*")
                   if path.is_dir() and re.fullmatch("seed(0|[1-9][0-9]{0,17})", path.name))
 
@@ -331,7 +365,9 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> tuple[dict[int, 
         FileNotFoundError without a finished seed, ValueError where two seeds cannot be compared.
     """
     found, notes, damaged = {}, [], []
-    for seed in seeds_on_disk(folder) if seeds is None else seeds:
+    if seeds is None:
+        seeds = seeds_on_disk(folder)
+    for seed in seeds:
         try:
             found[seed] = read_seed(folder / f"seed{seed}")
         except OSError as error:
@@ -343,10 +379,10 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> tuple[dict[int, 
         raise FileNotFoundError(f"{folder} has no finished seed: {reasons}")
     first, reference = next(iter(found.items()))
     questions = reference.evaluations["no_fs"].keys()
-    where = reference.runs["no_fs"]["history"][0]
+    surroundings = reference.runs["no_fs"]["history"][0]
     for seed, both in found.items():
-        unlike = differences(*(comparable_part(one.runs["no_fs"], across_seeds=True)
-                               for one in (reference, both)))
+        unlike = differences(comparable_part(reference.runs["no_fs"], across_seeds=True),
+                             comparable_part(both.runs["no_fs"], across_seeds=True))
         if not unlike and both.evaluations["no_fs"].keys() != questions:
             unlike = [("questions", "some", "others")]
         if unlike:
@@ -355,7 +391,7 @@ def read_round(folder: Path, seeds: list[int] | None = None) -> tuple[dict[int, 
                              "alike, or keep one of them in another --runs DIR.")
         for arm in ARMS:
             for entry in both.runs[arm]["history"]:
-                moved = differences({key: where[key] for key in ("code", "machine")},
+                moved = differences({key: surroundings[key] for key in ("code", "machine")},
                                     {key: entry[key] for key in ("code", "machine")})
                 if moved:
                     notes.append(f"seed {seed} ran on another machine or code than seed {first}: "

@@ -1,11 +1,11 @@
 """The built-in stand-in: a task and a base so small that every round runs anywhere, in minutes.
 
 The questions are made up here, in the official records' formats. The base is trained here on first use, in a
-minute or so. It is what the published one is to the log, a model that answers well while the question comes
-first: it was pretrained so, without Future-Seed. Post-training then puts the question last. The base is an
-official checkpoint but for its vocabulary: only the tokens that the questions need, 162 of 65536, in their
-order, from 1 on. [standin] in rounds.toml has the lengths and steps; a round keeps its task, its order and
-its Future-Seed.
+minute or so. It stands in for the published model: a model that answers well while the question comes first,
+because it was pretrained so, without Future-Seed. Post-training then puts the question last. The base is a
+checkpoint in the official format but for its vocabulary, which has only the tokens that the questions need:
+162 of 65536, renumbered from 1 on in their order. On the stand-in a round keeps its task, its order and its
+Future-Seed, and takes lengths and steps from [standin] in rounds.toml.
 
 Shapes: B questions in a batch, V entries of the vocabulary.
 """
@@ -27,15 +27,15 @@ from rounds import Round
 from runs import check_shape, differences, in_words, naming_damage
 from tokenizer import END_OF_DOCUMENT, Tokenizer, build_trie
 
-MAX_PROMPT = 256    # tokens, and more than any question has
+MAX_PROMPT = 256     # tokens, and more than any question has
 LENGTHS = {"max_prompt": MAX_PROMPT, "max_answer": 4}
 LAYERS, HEAD_SIZE, RANK = 12, 16, 8
 BATCH, LR, WARM_UP = 32, 4e-3, 10
 EASY = 0.35          # nats: once the running loss is below it, the questions get one fact more
-KNOWN = 0.06         # nats: and with all facts in them, the base is put to the test
+KNOWN = 0.06         # nats: once the loss with all facts is below it, the base is put to the test
 PASSED = 0.99        # the accuracy that the test asks for
 QUESTIONS = 1024     # in the test, from the validation split
-MOST_STEPS = {"arc": 900, "hotpotqa": 540}    # twice what it usually takes; then it is given up
+MOST_STEPS = {"arc": 900, "hotpotqa": 540}    # twice what a base usually takes; after these it is given up
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
@@ -51,13 +51,16 @@ LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int) -> list[dict]:
     """n generated records in the official format of a task: looking up one of n_facts, all equally likely.
 
-    hotpotqa: a paragraph a fact, "Ann runs", "Bob sings", …; "Bob"; "sings" (2 to 32 facts).
-    arc: the options "D. Ann", "K. Bob", …; "Who is Bob?"; "K" (2 to 26 facts), the labels drawn and sorted.
+    hotpotqa: the facts "Ann runs", "Bob sings", …, a paragraph each; the question "Bob"; the answer "sings".
+    arc: the options "D. Ann", "K. Bob", …, their labels drawn and sorted; "Who is Bob?"; the answer "K".
 
-    No question can be answered without the facts. A hash of the facts, in whatever order, and the question
-    decides which split they are in: training and validation share none. ValueError for n_facts out of range.
+    No question can be answered without the facts. A hash of the question and its facts, whatever their order,
+    decides which split they are in, so training and validation share none. ValueError unless n_facts is from
+    2 to 32, or for arc to 26.
     """
-    most = len(NAMES) if task == "hotpotqa" else len(LABELS)
+    most = len(NAMES)
+    if task == "arc":
+        most = len(LABELS)
     if not 2 <= n_facts <= most:
         raise ValueError(f"facts = {n_facts}: questions of the stand-in have 2 to {most}; --real has records")
     rng = random.Random(f"{task} {split} {seed}")
@@ -65,11 +68,14 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
     while len(records) < n:
         names = rng.sample(NAMES, n_facts)
         asked = rng.randrange(n_facts)
-        # were labels always A, B, C, …, an option's place would give them away
-        values = rng.choices(VERBS, k=n_facts) if task == "hotpotqa" else sorted(rng.sample(LABELS, n_facts))
+        if task == "arc":
+            # if labels were always A, B, C, …, an option's place would give its label away
+            values = sorted(rng.sample(LABELS, n_facts))
+        else:
+            values = rng.choices(VERBS, k=n_facts)
         facts = [f"{name} {value}" for name, value in zip(names, values)]
-        identity = " ".join(sorted(facts) + [names[asked]]).encode()
-        held_out = hashlib.sha256(identity).digest()[0] < 64    # a quarter of all questions
+        hashed = " ".join(sorted(facts) + [names[asked]]).encode()
+        held_out = hashlib.sha256(hashed).digest()[0] < 64    # a quarter of all questions, for validation
         if held_out != (split == "validation"):
             continue
         id = f"standin-{split}-{seed}-{len(records)}"
@@ -84,12 +90,15 @@ def standin_records(task: str, split: str, n: int, seed: int | str, n_facts: int
 
 
 def chance(task: str, facts: int) -> float:
-    """How often the value of a fact picked at random is right: a verb may be right by accident."""
-    return 1 / facts + ((1 - 1 / facts) / len(VERBS) if task == "hotpotqa" else 0.0)
+    """How often the value of a fact picked at random is right."""
+    if task == "arc":
+        return 1 / facts
+    # another fact may have the same verb, by accident
+    return 1 / facts + (1 - 1 / facts) / len(VERBS)
 
 
 class SmallTokenizer(Tokenizer):
-    """The official tokenizer with no other tokens than those of the stand-in's questions, renumbered."""
+    """The official tokenizer, cut down to the tokens of the stand-in's questions, which are renumbered."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +124,8 @@ class SmallTokenizer(Tokenizer):
 small_tokenizer = functools.cache(SmallTokenizer)    # reading the vocabulary takes a third of a second
 
 
-def make_examples(task: str, split: str, n: int, seed, n_facts: int, order: str) -> list[Example]:
+def make_examples(task: str, split: str, n: int, seed: int | str, n_facts: int, order: str) -> list[Example]:
+    """Generated records as examples, in the small vocabulary; the arguments are those of standin_records."""
     records = standin_records(task, split, n, seed, n_facts)
     return [make_example(task, record, small_tokenizer(), order=order, **LENGTHS) for record in records]
 
@@ -130,20 +140,24 @@ def training_examples(recipe: Round, seed: int) -> list[Example]:
     """A run's batches one after the other: fresh questions at every step, the same in both arms."""
     examples = []
     for step in range(recipe.steps):
-        draw, facts = f"{seed} {step}", facts_at(recipe, step)
-        order = "question_first" if random.Random(draw).random() < recipe.rehearsal else recipe.order
-        examples += make_examples(recipe.task, "train", recipe.batch_size, draw, facts, order)
+        draw = f"{seed} {step}"
+        order = recipe.order
+        if random.Random(draw).random() < recipe.rehearsal:
+            order = "question_first"    # or the base forgets how to answer what it could
+        examples += make_examples(recipe.task, "train", recipe.batch_size, draw, facts_at(recipe, step),
+                                  order)
     return examples
 
 
 def validation_examples(recipe: Round) -> list[Example]:
-    """The same for every seed, all with the most facts."""
-    n, seed = recipe.n_val, recipe.validation_seed
-    return make_examples(recipe.task, "validation", n, seed, recipe.facts, recipe.order)
+    """The validation set, which is the same for every seed. All its questions have the most facts."""
+    return make_examples(recipe.task, "validation", recipe.n_val, recipe.validation_seed, recipe.facts,
+                         recipe.order)
 
 
 # ---- the base ----------------------------------------------------------------------------------------------
 
+# what stands beside a base, as runs.check_shape reads it
 MADE_BY = {"code": str, "machine": dict, "task": str, "facts": int, "channels": int, "seed": int,
            "sha256": str}
 
@@ -151,9 +165,11 @@ MADE_BY = {"code": str, "machine": dict, "task": str, "facts": int, "channels": 
 def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundings: dict) -> RWKV7:
     """The base that a seed of a round starts from, trained here unless it is there already.
 
-    Nothing but task, facts, channels and seed decides it, so all rounds of a task share it. Beside the .pth
-    stands a .json that says what made it; without that, or with another, the base is made anew. A base that
-    other code or another machine made is used, and the difference is told.
+    Task, facts, channels and seed alone decide what a base is, so all rounds of a task share it. Beside its
+    .pth stands a .json, its label, which says what made it. Where the label is missing or does not fit, the
+    base is made anew. A base that other code or another machine made is used, with a note that says so.
+
+    Args: surroundings, the code version and the machine, as train.surroundings gives them.
     """
     name = f"{recipe.task}-{recipe.facts}facts-{recipe.channels}wide-seed{seed}"
     path = assets / "standin" / f"{name}.pth"
@@ -167,13 +183,13 @@ def find_or_make_base(recipe: Round, seed: int, assets: Path, device, surroundin
             check_shape(made_by, MADE_BY)
         fits = all(made_by[key] == value for key, value in made_for.items())
         if fits and made_by["sha256"] == model.sha256:
-            moved = differences({key: made_by[key] for key in surroundings}, surroundings)
-            if moved:
+            changed = differences({key: made_by[key] for key in surroundings}, surroundings)
+            if changed:
                 say(f"note: the base {path} was made by other code or on another machine "
-                    f"({in_words(moved, 'then', 'now')}). It is used as it is; delete it to make it anew.")
+                    f"({in_words(changed, 'then', 'now')}). It is used as it is; delete it to make it anew.")
             return model
         say(f"note: the base {path} is not what {label.name} says, so it is made anew")
-    path.parent.mkdir(parents=True, exist_ok=True)    # or fail before the work, not after
+    path.parent.mkdir(parents=True, exist_ok=True)    # a folder that cannot be made is told before the work
     pretrain(recipe, seed, device).save(path)
     model = RWKV7.load(path)
     write_json(label, [surroundings | made_for | {"sha256": model.sha256}])
@@ -188,14 +204,14 @@ def fresh_model(channels: int, seed: int) -> RWKV7:
                     vocab_size=len(small_tokenizer().tokens),
                     rank_w=RANK, rank_a=RANK, rank_v=RANK, rank_g=RANK)
     model = RWKV7.init(config, seed)
-    # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
+    # the published bound is 1e-4, for long runs; here most steps would go into growing the embedding from it
     nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
     return model
 
 
 @torch.no_grad()
 def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) -> float:
-    """The share of questions answered right: here an answer is one token."""
+    """The share of questions answered right. Answers of the stand-in are one token."""
     right = 0
     for i in range(0, len(examples), rows):
         prompt, lengths, answer, _ = collate(examples[i:i + rows], device)
@@ -207,12 +223,13 @@ def share_right(model: RWKV7, examples: list[Example], device, rows: int = 256) 
 def pretrain(recipe: Round, seed: int, device) -> RWKV7:
     """Make the base that `recipe` starts from. ValueError if it does not learn.
 
-    The questions set the pace: one fact more whenever the running loss says that they have become easy. The
-    loss stays at that of guessing among the facts for a while, then falls within a few steps, or not at all.
+    The questions get one fact more whenever the running loss says that they have become easy. For a while the
+    loss stays where guessing among the facts puts it. Then it falls within a few steps, or never.
     """
     task, most_facts = recipe.task, recipe.facts
     name = f"the base of the stand-in, {task} seed {seed}"
-    model = fresh_model(recipe.channels, 5 * seed).to(device)    # as the study's bases were drawn
+    # 5 * seed and "base … 0 …": so the study drew its bases, and its numbers come from them
+    model = fresh_model(recipe.channels, 5 * seed).to(device)
     test = make_examples(task, "validation", QUESTIONS, 1234, most_facts, "question_first")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     progress = Progress()
@@ -232,7 +249,7 @@ def pretrain(recipe: Round, seed: int, device) -> RWKV7:
                                 f"{most_facts}, loss {running:.3f}")
         if facts < most_facts and running < EASY:
             facts += 1
-            running = 2 * EASY    # some more steps before the next change
+            running = 2 * EASY    # so that some steps pass before the next change
         elif facts == most_facts and running < KNOWN:
             right = share_right(model, test, device)
             say(f"{name}: step {step + 1}, {right:.1%} of {QUESTIONS} questions right, the question first")

@@ -15,8 +15,9 @@ Why the questions matter. All seeds answer the same n questions, so two sources 
     x[s, i] = effect + seed[s] + question[i] + rest[s, i]
 
 The mean of question[i] moves all seeds alike, and seeds alone would take that shift for an effect. Its
-variance is var(question) / n, with var(question) = (MS_question - MS_rest) / S from the analysis of variance,
-and both ends move outwards by 1.96 of its deviations. In quadrature that fails where half of the seeds jump.
+variance is var(question) / n, with var(question) = (MS_question - MS_rest) / S from the analysis of variance.
+So both ends of the interval move outwards by 1.96 of its standard deviations. They move by the whole of it:
+adding the two widths in quadrature fails where half of the seeds jump.
 
 Simulated by tests/simulate_ruler.py, whose docstring has the table: where the seeds' median is 0, at most
 2.3% of experiments come out positive, and as few negative, for nine kinds of seeds.
@@ -70,8 +71,12 @@ def judge(x) -> tuple[str, float, float]:
 
 
 def median_rank(S: int) -> int:
-    """The largest r for which the r-th smallest and r-th largest of S seeds hold the median in 95% of draws
-    or more; 0 if there is none. The median is outside if fewer than r seeds, fair coins, lie on one side."""
+    """The largest r for which the r-th smallest and the r-th largest of S seeds hold the median between them
+    in 95% of draws or more; 0 if there is none.
+
+    A seed lies on either side of the median with chance 1/2, as a fair coin falls. The median is outside
+    where fewer than r seeds lie on one of its sides.
+    """
     rank = 0
     while 2 * at_most(rank, S, 0.5) <= 0.05:
         rank += 1
@@ -81,9 +86,9 @@ def median_rank(S: int) -> int:
 def question_variance(x) -> float:
     """var(question) of x (S, n), never below 2 / n.
 
-    The 2 / n is one more question that moved up by 1 in all seeds, and one that moved down. Else four that
-    moved up by luck would pass for an effect, where the exact sign test wants six, and questions of which
-    none moved would leave no doubt about the next one.
+    The 2 / n stands for one more question that moved up by 1 in all seeds, and one that moved down. Without
+    it four questions that moved up by luck would pass for an effect, where the exact sign test wants six; and
+    if no question moved, there would be no doubt about the next one.
     """
     S, n = x.shape
     question = x.mean(axis=0)
@@ -101,7 +106,7 @@ def at_most(k: int, n: int, chance):
 
 
 def gains_and_losses(deltas) -> tuple[int, int]:
-    """How many seeds gain and how many lose; a difference of equal sums may be 1e-17, which is neither."""
+    """How many seeds gain and how many lose. Rounding may leave 1e-17 of a difference of 0: it is neither."""
     deltas = np.asarray(deltas, dtype=float)
     return int((deltas > 1e-12).sum()), int((deltas < -1e-12).sum())
 
@@ -119,8 +124,10 @@ def sign_test(deltas) -> float:
 
 
 def mcnemar(jumped_without, jumped_with) -> float:
-    """Exact two-sided p that a seed jumps as often in one arm as in the other (McNemar), from booleans, one a
-    seed. Seeds that jump in both arms or in neither say nothing about it."""
+    """Exact two-sided p that a seed jumps as often in one arm as in the other (McNemar).
+
+    Args: whether each seed jumped, by arm. Seeds that jump in both arms or in neither say nothing about it.
+    """
     return sign_test(np.asarray(jumped_with, dtype=float) - np.asarray(jumped_without, dtype=float))
 
 
@@ -138,8 +145,11 @@ def largest_chance(k: int, n: int) -> float:
 
 
 def holm(p_values) -> np.ndarray:
-    """p-values corrected for their number (Holm), in the order given: the smallest of m times m, the next
-    times m - 1, and so on, and none smaller than the one before it."""
+    """p-values corrected for their number (Holm), in the order given.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than the one
+    before it.
+    """
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values)
     factors = np.arange(len(p_values), 0, -1)

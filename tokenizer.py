@@ -7,7 +7,7 @@ Python string (UTF-8) or, for tokens that are not whole characters, a Python byt
     ids 1 .. 256        the single bytes 0 .. 255, so that every byte string has an encoding
     ids 257 .. 65529    longer tokens, of up to 128 bytes
     id  0               end of a document; no text encodes to it and it decodes to nothing
-    ids from 65530      rows of the embedding without a token (its 65536 rows are a round number)
+    ids from 65530      no tokens; a model's embedding has rows for them, because 65536 is a round number
 """
 
 import ast
@@ -22,7 +22,8 @@ MATCH = -1       # the key of a trie node's longest match; its other keys are by
 
 
 def read_vocabulary(path):
-    """The published file as {id: bytes}, ids 1 .. 65529. FileNotFoundError; ValueError for another file."""
+    """The published file as {id: bytes}, ids 1 .. 65529. Raises FileNotFoundError where there is none, and
+    ValueError where the file is another one."""
     raw = path.read_bytes().replace(b"\r\n", b"\n")    # git on Windows may have changed the line ends
     if hashlib.sha256(raw).hexdigest() != VOCABULARY_SHA256:
         raise ValueError(f"{path}: not the published RWKV World vocabulary (sha256 differs); restore it "
@@ -56,7 +57,7 @@ def build_trie(tokens):
 
 
 class Tokenizer:
-    """Tokenizer(): read-only once built, so threads may share it. `tokens`: {id: bytes}, 0 being no bytes."""
+    """It does not change once built, so threads may share it. `tokens` is {id: bytes}; id 0 has no bytes."""
 
     def __init__(self):
         self.tokens = read_vocabulary(VOCABULARY)
@@ -65,7 +66,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids (list of int) of a str, as UTF-8, or of bytes. decode_bytes(encode(data)) == data, always.
-        ValueError for a str with a lone surrogate, TypeError for what is neither str nor bytes."""
+        Raises ValueError for a str with a lone surrogate, and TypeError for what is neither str nor bytes."""
         try:
             if isinstance(text, str):
                 data = text.encode()
@@ -87,7 +88,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids):
-        """The bytes of an iterable of ids. ValueError for an id without a token: not an int in 0 .. 65529."""
+        """The bytes of an iterable of ids. Raises ValueError for an id that is no int in 0 .. 65529."""
         try:
             return b"".join([self.tokens[number] for number in ids])
         except KeyError as error:
@@ -95,6 +96,6 @@ class Tokenizer:
             raise ValueError(f"token id {error.args[0]!r} has no token: give ints in 0..{last}") from None
 
     def decode(self, ids):
-        """The text of an iterable of ids. Ids that end inside a character, as a generated sequence may, or
-        are no UTF-8 at all give U+FFFD there: decode_bytes is exact. ValueError as in decode_bytes."""
+        """The text of an iterable of ids. Where their bytes are no UTF-8, as where a generated sequence ends
+        inside a character, the text has U+FFFD; decode_bytes is exact. Raises what decode_bytes raises."""
         return self.decode_bytes(ids).decode(errors="replace")

@@ -7,21 +7,23 @@
     python train.py --round R2 --seed 1 --base init:L12-D64 --set steps=20 n_train=64 n_val=32
     torchrun --nproc_per_node=4 train.py --round R2 R6 --seeds 0-9     four processes share rounds and seeds
 
-Both arms start from the same weights and take the same batches for the same number of steps. They differ in
-nothing but fs.py's seed states. A batch depends on the seed and the step alone, and there is no dropout. So
-weights, optimizer and step make a checkpoint. The same command goes on from it, and on a CPU it ends with the
-same bits.
+The two trainings of a seed are its arms: no_fs without Future-Seed, prompt_fs with it. Both start from the
+same weights and take the same batches for the same number of steps. They differ in nothing but fs.py's seed
+states. A batch depends on the seed and the step alone, and there is no dropout. So weights, optimizer and
+step make a checkpoint. The same command goes on from it, and on a CPU it ends with the same bits.
 
-A seed lives in runs/R8/seed1 (on the stand-in in runs/standin/R8/seed1), and its arms in no_fs and prompt_fs:
+A seed lives in runs/R8/seed1 (on the stand-in in runs/standin/R8/seed1), and each arm in a folder of its own:
 
     run.json         what the run is: settings, base, data; on which machine and code; how far it is
     metrics.jsonl    a line a step (train_loss) and a line an evaluation
     records.jsonl    a line an example and evaluation: all that eval.py needs
-    controls.jsonl   prompt_fs, at the end: the same, its seed states switched off or from a wrong prompt
-    checkpoint.pt    while it runs: all that is needed to go on
-    model.pth        when it is done: the weights, in the official format; fs.pth: Future-Seed's own
+    controls.jsonl   prompt_fs alone, at the end: records with its seed states switched off, or made from
+                     a wrong prompt
+    checkpoint.pt    while the arm is trained: all that is needed to go on
+    model.pth        when the arm is done: the weights, in the official format; fs.pth: Future-Seed's own
 
-To read it as a story, begin with `main` at the end and go up: main, run_seed, train_arm, Arm.train_step.
+To read this file as a story, begin with `main` at the end and go up: main, choose_material, run_seed,
+train_arm, Arm.train_step.
 
 Reference: the Future-Seed post-training experiment log; rounds.toml holds its recipes.
 """
@@ -61,7 +63,7 @@ from runs import (ARMS, CONTROLS, FOLDERS, NO_MEMORY, check_comparable, copy_ide
 
 SECONDS_BETWEEN_CHECKPOINTS = 300
 TOKENS_PER_EVALUATION_BATCH = 16384
-LOSSES_SHOWN = 20                      # steps that the loss on the terminal is a mean of
+LOSSES_SHOWN = 20                      # the terminal shows the mean loss of this many steps
 ORDERS = {"context_first": "the question last", "question_first": "the question first",
           "both_ends": "the question at both ends", "twice": "everything read twice"}
 SOURCES = sorted(path for path in Path(__file__).resolve().parent.iterdir() if path.suffix in (".py", ".cu"))
@@ -82,11 +84,12 @@ def surroundings(device: torch.device) -> dict:
 
 
 class Interrupt:
-    """Makes a KeyboardInterrupt of Ctrl-C and SIGTERM: at once or, while it waits, after the next save."""
+    """The handler of Ctrl-C and SIGTERM. It raises KeyboardInterrupt at once or, while a stop has to wait,
+    after the next save, when the loop calls stop_if_requested."""
 
     def __init__(self):
         self.waits = False
-        self.requested = 0    # the number of the signal that came while it waited
+        self.requested = 0    # the number of a signal that came while a stop had to wait
 
     def __call__(self, number, frame) -> None:
         if self.requested or not self.waits:
@@ -100,7 +103,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def waiting(self, waits: bool) -> Iterator[None]:
-        """Within the block, a stop waits, or does not wait, for the work to be saved."""
+        """Decide, for the block, whether a stop waits until the work is saved (True) or comes at once."""
         before, self.waits = self.waits, waits
         try:
             if not waits:
@@ -135,7 +138,7 @@ class Experiment:
 
 
 def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.optim.AdamW:
-    """AdamW: weight decay on the matrices alone; Future-Seed's parameters have learning rates of their own."""
+    """AdamW. Weight decay is on the matrices alone. Future-Seed's parameters have other learning rates."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.ndim == 2:
@@ -147,7 +150,9 @@ def make_optimizer(model: RWKV7, fs: FutureSeed | None, recipe: Round) -> torch.
               {"params": others, "full_lr": recipe.lr, "weight_decay": 0.0}]
     if fs is not None:
         for name, parameter in fs.named_parameters():
-            full_lr = recipe.alpha_lr if name.startswith("alpha") else recipe.fs_gate_lr
+            full_lr = recipe.fs_gate_lr
+            if name.startswith("alpha"):
+                full_lr = recipe.alpha_lr
             groups.append({"params": [parameter], "full_lr": full_lr, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
 
@@ -158,7 +163,7 @@ class Arm:
     def __init__(self, experiment: Experiment, identity: dict, check_owner=lambda: None):
         recipe = experiment.recipe
         self.experiment, self.recipe, self.identity = experiment, recipe, identity
-        self.check_owner = check_owner    # raises ValueError where the folder is another's by now
+        self.check_owner = check_owner    # raises ValueError if another process has taken the folder
         self.folder = experiment.folder / identity["arm"]
         self.name = f"{recipe.name} seed {experiment.seed} {identity['arm']}"
         # a copy, because the other arm starts from the same tensors
@@ -169,12 +174,12 @@ class Arm:
             self.fs = FutureSeed(self.model.config, **recipe.fs_settings()).to(experiment.device)
         self.optimizer = make_optimizer(self.model, self.fs, recipe)
         self.step = 0             # optimizer steps taken
-        self.seconds = 0.0        # spent in them
+        self.seconds = 0.0        # spent in these steps
         self.metrics: list[dict] = []
         self.records: list[dict] = []
         self.controls: list[dict] = []
-        self.history: list[dict] = []    # from which step on it ran on which code and machine
-        self.saved = time.monotonic()
+        self.history: list[dict] = []    # the code and the machine that it ran on, each from some step on
+        self.saved = time.monotonic()    # when this arm was last saved, or else begun
 
     # -- training
 
@@ -193,7 +198,7 @@ class Arm:
                 loss = answer_loss(logits, answer, answer_lengths)
             (loss.sum() / len(batch)).backward()    # pieces add up to the gradient of the batch's mean
             losses.append(loss.detach())
-        if self.recipe.grad_clip:
+        if self.recipe.grad_clip > 0:
             parameters = list(self.model.parameters())
             if self.fs is not None:
                 parameters += self.fs.parameters()
@@ -203,20 +208,20 @@ class Arm:
             group["lr"] = group["full_lr"] * warmth
         self.optimizer.step()
         self.step += 1
-        mean = torch.cat(losses).mean().item()    # waits for a GPU, so that its time counts
+        mean = torch.cat(losses).mean().item()    # a GPU is waited for here, so that its time counts
         self.seconds += time.monotonic() - started
         ids = ", ".join(example.id for example in batch)
         self.check_finite(mean, f"the loss at step {self.step} (examples {ids})")
         self.metrics.append({"step": self.step, "train_loss": mean})
 
     def budget_spent(self) -> bool:
-        """Whether training is over. --minutes, the log's kind of budget, counts the time in train_step."""
+        """Whether training is over. --minutes, the log's kind of budget, counts time in train_step alone."""
         if self.experiment.minutes is not None:
             return self.seconds >= 60 * self.experiment.minutes
         return self.step >= self.recipe.steps
 
     def show_progress(self, progress: Progress) -> None:
-        """A line every few seconds. Some batches are easier than others, so its loss is a mean over steps."""
+        """Say every few seconds how far this arm is. Batches differ in difficulty, so the loss is a mean."""
         losses = [line["train_loss"] for line in self.metrics if "train_loss" in line][-LOSSES_SHOWN:]
         shown = (f"loss {sum(losses) / len(losses):.3f} (mean of {counted(len(losses), 'step')}), "
                  f"{self.seconds / self.step:.2g} s a step")
@@ -227,7 +232,7 @@ class Arm:
             progress.tick(self.seconds, f"{self.name}: step {self.step}, {shown}", self.seconds)
 
     def check_finite(self, loss: float, what: str) -> None:
-        """ValueError unless a loss is a number: nothing that follows could be kept."""
+        """ValueError unless a loss is finite. After NaN the weights are lost, and so is all later work."""
         if not loss < float("inf"):
             raise ValueError(f"{self.name}: {what} is {loss}. The last checkpoint is kept. A lower learning "
                              f"rate may help, as in --set lr={self.recipe.lr / 3:.1g}")
@@ -244,9 +249,11 @@ class Arm:
         self.check_finite(means["loss"], f"the validation loss after step {self.step}")
         self.records += records
         self.metrics.append({"step": self.step, **means})
-        exact = "option accuracy" if self.recipe.task == "arc" else "exact match"
+        exact_match = "exact match"
+        if self.recipe.task == "arc":
+            exact_match = "option accuracy"
         say(f"{self.name}: step {self.step}, validation loss {means['loss']:.4f}, token accuracy "
-            f"{means['acc']:.4f}, {exact} {means['EM']:.4f}")
+            f"{means['acc']:.4f}, {exact_match} {means['EM']:.4f}")
 
     def score_controls(self) -> None:
         """Score the trained arm again, with its seed states switched off or made from a wrong prompt."""
@@ -279,23 +286,23 @@ class Arm:
             with naming_damage(path):
                 self.take_over(saved)
             say(f"{self.name}: going on from step {self.step}")
-        here = surroundings(self.experiment.device)
+        now = surroundings(self.experiment.device)
         moved = []
         if self.history:
-            before = {key: self.history[-1][key] for key in here}
-            moved = differences(before, here)
+            before = {key: self.history[-1][key] for key in now}
+            moved = differences(before, now)
         if moved:
             say(f"{self.name}: resuming on a different machine or code version "
                 f"({in_words(moved, 'before', 'now')}); results may differ in the last bits")
         if moved or not self.history:
-            self.history.append({"from_step": self.step, **here})
+            self.history.append({"from_step": self.step, **now})
 
     def take_over(self, saved: dict) -> None:
-        """Load a checkpoint's contents. An error of any type where its tensors do not fit this arm."""
+        """Load a checkpoint's contents. Raises an error of any type where its tensors do not fit this arm."""
         self.model.load_state_dict(saved["model"])
         if self.fs is not None:
             self.fs.load_state_dict(saved["fs"])
-        # learning rates and the like are the recipe's; a checkpoint holds the moments alone
+        # a checkpoint holds the moments alone: learning rates and decay come from the recipe
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
         if saved["step"] > 0:
@@ -304,10 +311,10 @@ class Arm:
         self.metrics, self.records, self.history = saved["metrics"], saved["records"], saved["history"]
 
     def check_moments(self, step: int) -> None:
-        """An error of any type unless the optimizer has moments of `step` steps for all that is trained."""
+        """Raise an error of any type unless the optimizer has moments of `step` steps for each parameter."""
         parameters = list(self.model.parameters())
         if self.fs is not None and self.fs.layer_start < self.model.config.n_layer:
-            parameters += self.fs.parameters()    # with no layer to seed, they would have no gradient
+            parameters += self.fs.parameters()    # where no layer is seeded, they get no gradient
         for parameter in parameters:
             if parameter.requires_grad:
                 moments = self.optimizer.state[parameter]
@@ -316,11 +323,14 @@ class Arm:
                     raise ValueError("its optimizer does not fit its model")
 
     def save(self) -> None:
-        """Write the resumable checkpoint, then the files made from it; each whole or not at all."""
+        """Write the resumable checkpoint, then the files that show it; each whole or not at all."""
         self.check_owner()
+        fs_weights = None
+        if self.fs is not None:
+            fs_weights = self.fs.state_dict()
         checkpoint = {"identity": self.identity, "step": self.step, "seconds": self.seconds,
                       "metrics": self.metrics, "records": self.records, "history": self.history,
-                      "model": self.model.state_dict(), "fs": self.fs and self.fs.state_dict(),
+                      "model": self.model.state_dict(), "fs": fs_weights,
                       "optimizer": self.optimizer.state_dict()["state"]}
         write_pt(checkpoint, self.folder / "checkpoint.pt")
         self.write_lines("running")
@@ -338,6 +348,7 @@ class Arm:
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def write_lines(self, status: str) -> None:
+        """Write what people and eval.py read: metrics, records and, last, run.json with the status."""
         write_json(self.folder / "metrics.jsonl", self.metrics)
         write_json(self.folder / "records.jsonl", self.records)
         run = self.identity | {"status": status, "steps": self.step, "seconds": int(self.seconds),
@@ -349,16 +360,19 @@ def train_arm(arm: Arm, interrupt: Interrupt) -> None:
     """Train an arm to the end of its budget, evaluating on the way, and leave its folder complete."""
     recipe, material = arm.recipe, arm.experiment.material
     arm.resume()
-    progress = Progress(60 * arm.experiment.minutes if arm.experiment.minutes else recipe.steps)
+    budget = recipe.steps
+    if arm.experiment.minutes is not None:
+        budget = 60 * arm.experiment.minutes
+    progress = Progress(budget)
     # the stand-in's questions get harder with every step, so they come as they are
     stream = batches(material.train, recipe.batch_size, arm.experiment.seed, arm.step,
                      shuffle=material.source != "standin")
-    with interrupt.waiting(True):    # Ctrl-C waits for a save, so that no step is lost
+    with interrupt.waiting(True):    # a stop waits for a save, so that no step is lost
         for batch in stream:
             finished = arm.budget_spent()
             if (finished or arm.step % recipe.eval_every == 0) and not arm.evaluated():
-                arm.save()    # an evaluation may be stopped, or killed
-                with interrupt.waiting(False):    # it can be made again
+                arm.save()
+                with interrupt.waiting(False):    # an evaluation is not waited for: it can be made again
                     arm.evaluate()
             if finished:
                 break
@@ -370,7 +384,7 @@ def train_arm(arm: Arm, interrupt: Interrupt) -> None:
         arm.save()
     interrupt.stop_if_requested()
     arm.score_controls()
-    with interrupt.waiting(True):    # seconds, after which nothing is left half done
+    with interrupt.waiting(True):    # this takes seconds, and then nothing is left half done
         arm.finish()
     interrupt.stop_if_requested()
 
@@ -384,28 +398,36 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
     Args: source and material, as choose_material gives them; seeds_asked, all seeds of the command, whose
     runs --fresh starts over.
     """
-    device, minutes = torch.device(args.device), args.minutes
+    device = torch.device(args.device)
+    minutes = args.minutes
+    if source == "standin":
+        minutes = None    # the stand-in makes its questions step by step, so its budget is steps
     folder = args.runs / FOLDERS[source] / recipe.name / f"seed{seed}"
     with owned(folder) as check_owner:
+        replaced = set()
+        if args.fresh:
+            replaced = set(seeds_asked)
+        # what can be refused is refused before anything is deleted or trained. This first look knows neither
+        # base nor questions, and comes before the stand-in trains a base
+        known = {"seed": seed, "source": source, "settings": recipe.settings(), "minutes": minutes}
+        check_comparable(folder.parent, known, args.arms, replaced)
         if source == "standin":
             material = standin_material(recipe, seed, args.assets, device, surroundings(device))
-            minutes = None    # its questions are made for its steps
         experiment = Experiment(recipe, seed, material, minutes, device, folder)
         identity = experiment.identity()
         identities = {arm: identity | {"arm": arm} for arm in args.arms}
-        # everything that can be refused is refused before anything is deleted or trained
-        replaced = set(seeds_asked) if args.fresh else set()
         check_comparable(folder.parent, identity, args.arms, replaced)
         if args.fresh:
             delete_folders([folder / arm for arm in args.arms])
-        states = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
+        # of both arms before one is trained: the second may hold a different run, which is refused
+        statuses = {arm: status_of(folder / arm, identities[arm]) for arm in args.arms}
         for arm in args.arms:
-            if states[arm] == "done":
-                # a run that is killed in its last moment is done, and its checkpoint is still there
+            if statuses[arm] == "done":
+                # a run that was killed in its last moment is done, but has kept its checkpoint
                 (folder / arm / "checkpoint.pt").unlink(missing_ok=True)
                 say(f"{recipe.name} seed {seed} {arm}: this run is done; --fresh starts it over")
                 continue
-            if states[arm] == "absent" and not args.fresh:
+            if statuses[arm] == "absent" and not args.fresh:
                 if copy_identical_no_fs(folder / arm, identities[arm], surroundings(device)):
                     continue
             train_arm(Arm(experiment, identities[arm], check_owner), interrupt)
@@ -416,7 +438,7 @@ def run_seed(recipe: Round, seed: int, source: str, material: Material | None, a
 def tell_outcome(experiment: Experiment) -> None:
     """Print the report on all seeds of the round, and on the stand-in what came out in words."""
     folder = experiment.folder
-    read_seed(folder)    # a report leaves out what is damaged; of this seed the damage is an error
+    read_seed(folder)    # for its errors: the report leaves a damaged seed out, and this one must not be
     result, text = write_report(folder.parent)
     tell(text)
     if experiment.material.source == "standin":
@@ -465,9 +487,13 @@ def list_rounds(runs_dir: Path) -> None:
     """Every round's recipe, the log's numbers, recomputed, and the runs that are on the disk."""
     for name, recipe in load_rounds()[0].items():
         tell(f"{name}: {recipe.title}")
-        own = {key: value for key, value in recipe.settings().items() if value != getattr(Round, key, "")}
-        parent = f"as {recipe.inherits}; " if recipe.inherits else ""
-        tell(f"    {parent}" + " ".join(f"{key}={value}".lower() for key, value in own.items()))
+        words = []
+        if recipe.inherits:
+            words.append(f"as {recipe.inherits};")
+        for key, value in recipe.settings().items():
+            if value != getattr(Round, key, None):    # the default, where the setting has one
+                words.append(f"{key}={value}".lower())
+        tell("    " + " ".join(words))
         if recipe.log:
             tell(f"    the log: {text_of_log(log_numbers(recipe))}")
         for path in sorted(runs_dir.glob(f"**/{name}/seed*/*/run.json")):
@@ -482,7 +508,7 @@ def list_rounds(runs_dir: Path) -> None:
 
 
 def share_of_this_process(jobs: list) -> list:
-    """What of a list is this process's, by the RANK and WORLD_SIZE that torchrun or a job array sets."""
+    """The jobs of this process: every WORLD_SIZE-th from the RANK-th on, as torchrun sets these two."""
     numbers = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
         text = os.environ.get(name, default)
@@ -490,6 +516,8 @@ def share_of_this_process(jobs: list) -> list:
             raise ValueError(f"{name}={text}: must be a whole number, as torchrun sets it")
         numbers[name] = int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if size < 1:
+        raise ValueError("WORLD_SIZE=0: must be a whole number of 1 or more")
     if rank >= size:
         raise ValueError(f"RANK={rank} WORLD_SIZE={size}: RANK must be from 0 to WORLD_SIZE - 1")
     return jobs[rank::size]
@@ -499,16 +527,17 @@ def make_reproducible(device: torch.device) -> None:
     """From here on, the same command gives the same bits on the same machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # without it cuBLAS may differ between runs
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # or every new tensor would be filled first, though nothing here reads memory that it has not written
+    # else every new tensor is filled first, and nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # and on others: sums in AVX-512 end in other bits, and 250 steps make other models of them
+        # and the same bits on other machines: sums in AVX-512 end in other bits, and after 250 steps these
+        # have become another model
         os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 
 
 def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namespace) -> None:
-    """Say what is about to happen, before the first slow thing. `lines` are about the source."""
+    """Say what is about to happen, before the first slow thing. `lines` say where the questions come from."""
     budget = counted(recipe.steps, "step")
     if args.minutes is not None and source != "standin":
         budget = f"{args.minutes:g} minutes"
@@ -519,12 +548,13 @@ def announce(recipe: Round, source: str, lines: list[str], args: argparse.Namesp
     say("\n  ".join(lines))
 
 
-def choose_material(real: Round, small: Round,
+def choose_material(real: Round, on_standin: Round,
                     args: argparse.Namespace) -> tuple[str, Round, Material | None]:
-    """Where a round's questions come from, the recipe for that source, and the material that its seeds share.
+    """Decide where a round's questions come from, and say so.
 
-    Args: real and small, the recipe on real records and on the stand-in. The material is None on the
-    stand-in, where every seed has its own.
+    Args: real and on_standin, the round's recipe on real records and on the stand-in.
+    Returns: the source, "own", "real" or "standin"; the recipe for it; and the material that all seeds share,
+        None on the stand-in, where every seed has its own.
     """
     if args.data:
         check_together(real, "these settings")
@@ -533,71 +563,78 @@ def choose_material(real: Round, small: Round,
         lines = [f"OWN DATA, {args.data}: {counted(len(train), 'question')} to train on"]
         if args.device == "cpu" and args.base is None:
             tokens = sum(len(example.prompt) for example in train) / len(train)
-            lines.append(f"this takes about {cpu_time(recipe, args.arms, tokens)} a seed on one core of a CPU; "
-                         "a smaller --base takes less")
+            time_needed = cpu_time(recipe, args.arms, tokens)
+            lines.append(f"this takes about {time_needed} a seed on one core of a CPU; a smaller --base "
+                         "takes less")
         announce(recipe, "own", lines, args)
-        material = own_material(real, (train, validation), args.base, args.assets, args.offline)
+        material = own_material(real, train, validation, args.base, args.assets, args.offline)
         return "own", real, material
-    slow = args.device == "cpu" and args.base is None
+    slow = args.device == "cpu" and args.base is None    # the 0.1b model without a GPU
     # real prompts are about 1.25 times min_prompt long, and ARC's a seventh of max_prompt
     tokens = max(1.25 * real.min_prompt, real.max_prompt / 7)
     hours = f"the real round takes about {cpu_time(real, args.arms, tokens)} a seed on one core of a CPU"
-    why = ""
     if args.standin:
-        why = "asked for with --standin"
+        reason = "asked for with --standin"
     elif slow and not args.real:
-        why = "there is no GPU"
-    if not why:
+        reason = "there is no GPU"
+    else:
         check_together(real, "these settings")
-        announce(real, "real", [hours] if slow else [], args)
+        lines = []
+        if slow:
+            lines.append(hours)
+        announce(real, "real", lines, args)
         try:
             return "real", real, real_material(real, args.base, args.assets, args.offline)
         except FileNotFoundError as error:
             if args.real or args.base is not None:
-                raise
-            why = f"the real data or base cannot be had\n{error}".replace("\n", "\n    ")
-    lines = [f"ON THE STAND-IN, in miniature: {why}",
-             f"a tiny base first learns to answer made-up questions on {small.facts} facts, with the",
-             f"question first; then the arms are trained and scored with {ORDERS[small.order]}"]
+                raise    # whoever insists on the real round, or names a base, gets no stand-in instead
+            reason = f"the real data or base cannot be had\n{error}".replace("\n", "\n    ")
+    lines = [f"ON THE STAND-IN, in miniature: {reason}",
+             f"a tiny base first learns to answer made-up questions on {on_standin.facts} facts, with the",
+             f"question first; then the arms are trained and scored with {ORDERS[on_standin.order]}"]
     if slow:
         lines.append(f"{hours}; --real runs it")
-    check_together(small, "these settings")
-    announce(small, "standin", lines, args)
-    return "standin", small, None
+    check_together(on_standin, "these settings")
+    announce(on_standin, "standin", lines, args)
+    return "standin", on_standin, None
 
 
 class Plan(NamedTuple):
     """A round that was asked for."""
 
     real: Round               # its recipe on the publishers' records, or on a user's own questions
-    small: Round              # its recipe on the stand-in
+    on_standin: Round         # its recipe on the stand-in
     seeds_asked: list[int]    # of the whole command
     seeds: list[int]          # this process's share of them
 
 
-def plan(args: argparse.Namespace) -> list[Plan]:
-    """What was asked for. ValueError for a name, a setting or a seed that is wrong."""
-    published, miniatures = load_rounds()
-    rounds, jobs = [], []
-    for name in expand(args.round, published):
+def plans_of(args: argparse.Namespace) -> list[Plan]:
+    """The rounds in which this process has seeds to run. ValueError for a wrong name, setting or seed."""
+    published, on_standin = load_rounds()
+    names = expand(args.round, published)
+    seeds_asked = {name: list(published[name].seeds) for name in names}
+    if args.seeds is not None:
+        seeds_asked = dict.fromkeys(names, seeds_of(args.seeds))
+    share = share_of_this_process([(name, seed) for name in names for seed in seeds_asked[name]])
+    plans = []
+    for name in names:
         real = published[name]
         if args.data:    # the shortest prompt that a round takes is about HotpotQA's articles
             real = dataclasses.replace(real, min_prompt=0)
-        real, small = (with_settings(recipe, args.settings) for recipe in (real, miniatures[name]))
-        seeds = seeds_of(args.seeds) if args.seeds else list(real.seeds)
-        rounds.append((real, small, seeds))
-        jobs += [(name, seed) for seed in seeds]
-    share = share_of_this_process(jobs)
-    plans = [Plan(real, small, seeds, [seed for seed in seeds if (real.name, seed) in share])
-             for real, small, seeds in rounds]
-    return [plan for plan in plans if plan.seeds]
+        plan = Plan(real=with_settings(real, args.settings),
+                    on_standin=with_settings(on_standin[name], args.settings),
+                    seeds_asked=seeds_asked[name],
+                    seeds=[seed for seed in seeds_asked[name] if (name, seed) in share])
+        if plan.seeds:
+            plans.append(plan)
+    return plans
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 or 143 when it was stopped."""
     args = parse_arguments(argv)
     device = torch.device(args.device)
-    warnings.showwarning = lambda message, *_: say(f"note: {message}")    # in one line, like all else
+    warnings.showwarning = lambda message, *_: say(f"note: {message}")    # on one line, as all messages
     interrupt = Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -610,25 +647,32 @@ def main(argv: list[str] | None = None) -> int:
         if "LOCAL_RANK" in os.environ and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         threads = torch.get_num_threads()
-        for real, small, seeds_asked, seeds in plan(args):
+        for plan in plans_of(args):
             try:
-                source, recipe, material = choose_material(real, small, args)
+                source, recipe, material = choose_material(plan.real, plan.on_standin, args)
             except (ValueError, OSError) as error:
                 complain(error)    # the other rounds run all the same, and so do the other seeds below
                 failed = True
                 continue
-            # small arrays gain little from a second thread, and on a busy machine they lose much
-            torch.set_num_threads(1 if source == "standin" else threads)
-            for seed in seeds:
+            torch.set_num_threads(threads)
+            if source == "standin":
+                # small arrays gain little from a second thread, and on a busy machine they lose much
+                torch.set_num_threads(1)
+            for seed in plan.seeds:
                 try:
-                    run_seed(recipe, seed, source, material, args, seeds_asked, interrupt)
+                    run_seed(recipe, seed, source, material, args, plan.seeds_asked, interrupt)
                 except (ValueError, OSError) as error:
                     complain(error)
                     failed = True
     except KeyboardInterrupt as stop:
-        again = "the same command without --fresh" if args.fresh else "the same command"
+        again = "the same command"
+        if args.fresh:
+            again += " without --fresh"
         say(f"stopped; what was saved is kept, and {again} goes on from there")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        number = signal.SIGINT
+        if stop.args:    # our handler's exception has the number of the signal, and Python's own has none
+            number = stop.args[0]
+        return 128 + number
     except (ValueError, OSError) as error:
         complain(error)
         failed = True
@@ -637,7 +681,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain("out of memory; try --set micro_batch_size=1 checkpoint_activations=true max_prompt=1024")
         failed = True
-    return 2 if failed else 0
+    if failed:
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

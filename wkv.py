@@ -1,8 +1,8 @@
 """The WKV-7 operator: RWKV-7's matrix memory, with an initial state, a final state and all gradients.
 
-A head's state S maps keys to values. Each token lets the columns of S decay, reads with a what S holds, and
-writes that to b (the delta rule: the old value goes, the new one comes). Then it adds its own key and value,
-and reads the result with r:
+A head's state S maps keys to values. Each token reads with a what S holds, lets the columns of S decay, and
+adds what it has read under b. As b points against a, this takes the old value away (the delta rule). Then the
+token adds its own value v under its key k, and reads the new state with r:
 
     u_t = S_{t-1} a_t
     S_t = S_{t-1} diag(w_t) + u_t b_t^T + v_t k_t^T          w_t = exp(log_w_t)
@@ -11,7 +11,7 @@ and reads the result with r:
 Four functions compute this. All of them take (r, log_w, k, v, a, b, state=None) and return (y, final state):
 
     wkv_reference   these lines, one token at a time: the others are tested against it
-    wkv_chunked     the same in matrix products over chunks of tokens, in plain PyTorch, with its own backward
+    wkv_chunked     the recurrence in matrix products over chunks of tokens, in PyTorch, with its own backward
     wkv_cuda        wkv_kernel.cu on an Nvidia GPU, compiled and checked at first use
     wkv             the fastest of them for the inputs at hand
 
@@ -23,7 +23,8 @@ of decays, and this range keeps that safe. Only wkv_reference takes any log_w.
 References: Peng et al. 2025, "RWKV-7 Goose" (arXiv:2503.14456). The chunked form is that of Yang et al. 2024,
 "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (arXiv:2406.06484), with decay.
 
-Shapes: B batch, T tokens, H heads, N head size, L tokens a chunk, G chunks a span; BH = B * H, GBH = G * BH.
+Shapes: B batch rows, T tokens, H heads, N head size, L tokens a chunk, G chunks a span, which is as many as
+the chunked form takes at once; BH = B * H, GBH = G * BH.
 """
 
 from typing import NamedTuple
@@ -42,9 +43,9 @@ def wkv(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The operator in its fastest form for these inputs. Shapes and dtypes are those of wkv_reference.
 
     log_w must be in (-0.6066, 0]; for any other decay use wkv_reference. Raises ValueError as wkv_reference
-    does, and on a CPU also where log_w is out of this range; a NaN passes, and gives NaN. Nothing looks at
-    log_w where a look would cost something: up to 3 tokens, which are right with any decay, and on a GPU,
-    which a look would wait for and where a log_w out of range gives wrong numbers.
+    does, and on a CPU also where log_w is out of this range; a NaN passes, and gives NaN. The range is not
+    checked in two cases. On a CPU, up to 3 tokens are right with any decay. On a GPU the check would have to
+    wait until the GPU has caught up, so there a log_w out of range gives wrong numbers.
     """
     if _kernels_for(v) is None:
         return wkv_chunked(r, log_w, k, v, a, b, state)
@@ -61,9 +62,9 @@ def wkv_reference(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """
     inputs, S = _checked(r, log_w, k, v, a, b, state)
     y = []
-    # S x is written x @ S.mT, with x a row (B, H, 1, N), and the sums are addcmul: this has no temporaries
-    # and is 1.5 to 2 times as fast. unbind rather than x[:, t], because the gradient of an index is a tensor
-    # of zeros as large as x, for every token
+    # S x is written as x @ S.mT, with x a row (B, H, 1, N), and sums as addcmul. This makes no temporaries
+    # and is 1.5 to 2 times as fast. The tokens come from unbind and not from x[:, t], because the
+    # gradient of an index is a tensor of zeros as large as x, and there would be one for every token
     rows = (x.to(S.dtype).unsqueeze(-2).unbind(1) for x in inputs)
     for r_t, log_w_t, k_t, v_t, a_t, b_t in zip(*rows):
         u_t = a_t @ S.mT
@@ -106,8 +107,8 @@ def _misfit(name: str, x: Tensor, shape, device: torch.device) -> ValueError:
 #     [u; y]  = scores values + queries S_0^T
 #     S_L^T   = diag(P_L) (S_0^T + keys^T values)
 #
-# u is on both sides. Let scores_ab and scores_ak be the rows of a under the columns of b and of k, and let
-# M = (I - scores_ab)^-1. Then
+# u is on both sides. In scores, let scores_ab and scores_ak be the rows of a in the columns of b and of k. In
+# queries, let queries_a be the rows of a. With M = (I - scores_ab)^-1,
 #
 #     u = M scores_ak v + (M queries_a) S_0^T
 #
@@ -115,10 +116,10 @@ def _misfit(name: str, x: Tensor, shape, device: torch.device) -> ValueError:
 # batched products, and a short loop carries the state through the span. The code holds states transposed, as
 # [key, value].
 #
-# M comes from a triangular solve. Doubling, (I + X)(I + X^2)(I + X^4)..., is not an option: where keys
-# repeat, the powers of X grow to 1e9 and cancel. Dividing by P is safe, since P_L > 3e-9 for L = 32. No later
-# token changes an earlier y, not even its rounding: c is summed from the left, and what is masked is exactly
-# zero.
+# M comes from a triangular solve. Doubling, (I + X)(I + X^2)(I + X^4)... with X = scores_ab, is no option:
+# where keys repeat, the powers of X grow to 1e9 and cancel. Dividing by P is safe: P_L > 3e-9 for L = 32. No
+# later token changes an earlier y, not even its rounding: c is summed from the left, and what is masked is
+# exactly zero.
 
 
 def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def wkv_chunked(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
 
 
 def _check_decay(log_w: Tensor) -> None:
-    """Raises ValueError where log_w is out of (-0.6066, 0]: quotients of decays could overflow. NaN stays."""
+    """Raises ValueError where log_w is out of (-0.6066, 0]: quotients of decays may overflow. NaN passes."""
     low, high = log_w.detach().aminmax()
     low, high = low.item(), high.item()
     if low < LOWEST_LOG_W or high > 0:
@@ -283,7 +284,7 @@ def _backward(chunks: Chunks, span, dy: Tensor, dS: Tensor) -> tuple[Tensor, ...
     dstates = torch.empty_like(states)
     torch.bmm(queries[:, L:].mT, dy, out=dstates[:-BH])  # so far only what r reads
     dstates[-BH:] = dS
-    dsums = torch.empty_like(states[BH:])  # of S_0^T + keys^T values
+    dsums = torch.empty_like(states[BH:])  # the gradient of S_0^T + keys^T values
     keys_b, P_L = keys[:, :L], P[:, -1, :, None]
     for g in reversed(range(G)):
         now = slice(g * BH, (g + 1) * BH)
@@ -291,7 +292,7 @@ def _backward(chunks: Chunks, span, dy: Tensor, dS: Tensor) -> tuple[Tensor, ...
         torch.mul(P_L[now], dstates[after], out=dsums[now])
         du[now].baddbmm_(keys_b[now], dsums[now])
         dstates[now].add_(dsums[now]).baddbmm_(M_a[now].mT, du[now])
-    dreads = torch.cat((M.mT @ du, dy), 1)  # of scores values + queries S_0^T
+    dreads = torch.cat((M.mT @ du, dy), 1)  # the gradient of scores values + queries S_0^T
     dscores = _causal_(dreads @ values.mT)
     dqueries = (dreads @ states[:-BH].mT).baddbmm_(dscores, keys)
     dkeys = (values @ dsums.mT).baddbmm_(dscores.mT, queries)
@@ -316,8 +317,8 @@ def wkv_cuda(r, log_w, k, v, a, b, state=None) -> tuple[Tensor, Tensor]:
     """The recurrence on a GPU, for N = 16, 32, 64 or 128. Shapes and range are those of wkv; fp64 is refused.
 
     With v in bf16, all inputs but log_w and the state are rounded to bf16 for the tensor cores: y is then off
-    by up to 5e-3 and gradients by up to 1e-2 (relative L2), and by more where keys repeat. With any other v
-    all is computed in fp32, by wkv_chunked where gradients are needed.
+    by up to 5e-3 and gradients by up to 1e-2 (relative L2), and by more where keys repeat. With v in
+    any other dtype all is computed in fp32, by wkv_chunked where gradients are needed.
     Raises ValueError as wkv_reference does, and where no kernel can run.
     """
     inputs, state = _checked(r, log_w, k, v, a, b, state)

@@ -4,9 +4,9 @@
     python study/from_scratch.py needle --seed 3   another task of tasks.py
 
 Two models start from the same weights and take the same batches: a plain RWKV-7, and one with Future-Seed,
-whose layer i starts to read where layer i-1 has stopped (fs.py). Nothing is pretrained. Questions are small
-at first and grow at one pace for both models. A task gives tokens to read, and under each of them the token
-that is to be said there, if any.
+whose layer i starts from a gated copy of the state in which layer i-1 has ended (fs.py). Nothing is
+pretrained. Questions are small at first and grow at one pace for both models. A task gives tokens to read,
+and under each of them the token that is to be said there, if any.
 Shapes: B sequences in a batch, T tokens in a sequence, n facts in a question, C channels.
 """
 
@@ -27,11 +27,11 @@ from fs import FutureSeed, prefill    # noqa: E402
 from model import Config, RWKV7    # noqa: E402
 from tasks import SILENT, TASKS, WORDS, in_words, scores, show    # noqa: E402
 
-# one recipe for all tasks; LOG.md tells how it was chosen
+# one recipe for all tasks; LOG.md tells how it was chosen. RANK is that of the model's low-rank adapters
 LAYERS, CHANNELS, HEAD_SIZE, RANK = 4, 64, 16, 8
 BATCH, LR, WARM_UP = 32, 4e-3, 50
-GROW, GROWN = 0.4, 0.75    # as shares of the steps: from where to where the questions grow
-DECAY = 0.8                # and from where on the learning rate falls
+GROW, GROWN = 0.4, 0.75    # the questions grow between these two shares of the steps
+DECAY = 0.8                # the share of the steps after which the learning rate falls
 TEST, TEST_SEED = 256, 2 ** 31    # sequences in the test, which are of full size and the same for every seed
 SEED_STATES = dict(alpha=-2.0, layer_start=1, detach=False, clip=1.0, gate="heads", train_alpha=True)
 
@@ -43,6 +43,7 @@ class Arm(NamedTuple):
 
 
 def new_arm(seed, future_seed):
+    """A fresh model, with Future-Seed or without, and its optimizer. Arms of one seed start alike."""
     model = RWKV7.init(Config(LAYERS, CHANNELS, HEAD_SIZE, len(WORDS), 2 * CHANNELS, *[RANK] * 4), seed)
     # the published 1e-4 suits long runs: here most of the steps would go into growing the embedding
     torch.nn.init.uniform_(model.emb.weight, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
@@ -64,6 +65,7 @@ def train_step(arm, inputs, targets, lr):
     loss = F.cross_entropy(arm.model.head(hidden[asked]), targets[asked])
     arm.optimizer.zero_grad()
     loss.backward()
+    # the gates' few gradients stay out of the norm, so that it is over the same parameters in both arms
     torch.nn.utils.clip_grad_norm_(arm.model.parameters(), 1.0)
     arm.optimizer.step()
     return loss.item()

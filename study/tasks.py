@@ -1,10 +1,10 @@
-"""Five tasks that others made, in small: what is read, and under each token what is to be said there.
+"""Five tasks that others made, but smaller: what is read, and under each token what is to be said there.
 
     python study/tasks.py    one small example of each, what is read over what is to be said
 
-A task draws B sequences of n facts from a random stream: inputs (B, T) and targets (B, T), ids of WORDS, with
-SILENT as the target where nothing is to be said. Training and test draw from streams of their own. Nothing
-else keeps their questions apart, but there are so many that hardly one comes twice (in sudoku a few may).
+A task draws B sequences of n facts with rng, a NumPy generator: inputs (B, T) and targets (B, T), ids of
+WORDS, with SILENT as the target where nothing is to be said. Training and test have an rng each. Nothing else
+keeps their questions apart, but so many are possible that hardly one comes twice (in sudoku a few may).
 Shapes: B sequences in a batch, T tokens in a sequence, n facts in a sequence.
 """
 
@@ -22,13 +22,14 @@ VERBS = """adores avoids blames builds buys chases draws dreads enjoys fears fin
 THINGS = """apples art bees birds boats books bread bugs cake caves chess clay clocks coins dogs eggs fire
     fish games glass golf gold hats honey ice jam kites lamps maps milk moss music opera pies poems rain rice
     rings rugs salt ships snow soup tea toys trains wine wool""".split()    # 48
-STOP, ASK, WHO, BAR, HOLE = range(5)
+STOP, ASK, WHO, BAR, HOLE = range(5)    # ids of the five words that come first in WORDS
 WORDS = np.array([*". ? Who | _".split(), *NAMES, *VERBS, *THINGS])
 NAME_IDS, VERB_IDS, THING_IDS = np.split(np.arange(5, len(WORDS)), [len(NAMES), len(NAMES) + len(VERBS)])
 SILENT = -100    # the target where nothing is to be said; cross_entropy leaves it out
 
 
 def shuffled(rng, B, ids):
+    """All of the ids in every one of B rows, in an order of its own: (B, len(ids))."""
     return rng.permuted(np.tile(ids, (B, 1)), axis=1)
 
 
@@ -42,7 +43,8 @@ def said_last(parts, answer):
 
 def needle(rng, B, n, order):
     """Of n statements "name verb thing." one is asked for; a reader meets the name before the verb and thing.
-    After reasoning-gym's needle_haystack, with 48, 24 and 48 words where it has 2,738, 123 and 500."""
+    After reasoning-gym's needle_haystack, with 48 names, 24 verbs and 48 things where that has 2,738, 123 and
+    500 of them."""
     names, verbs = rng.choice(NAME_IDS, (B, n)), rng.choice(VERB_IDS, (B, n))
     things = shuffled(rng, B, THING_IDS)[:, :n]    # they differ, so that one answer is right
     text = np.stack([names, verbs, things, np.full((B, n), STOP)], axis=2).reshape(B, 4 * n)
@@ -65,7 +67,7 @@ def intersection(rng, B, n, order):
 
 def recall(rng, B, n):
     """n pairs of a name and a thing, then each name again, in another order: which thing was with it?
-    Zoology's multi-query associative recall (arXiv:2312.04927). No reader has to know what comes later."""
+    Zoology's multi-query associative recall (arXiv:2312.04927). Every pair is read before it is asked for."""
     names, things = shuffled(rng, B, NAME_IDS)[:, :n], rng.choice(THING_IDS, (B, n))
     asked = np.arange(B)[:, None], shuffled(rng, B, np.arange(n))
     pairs = np.stack([names, things], axis=2).reshape(B, 2 * n)
@@ -106,11 +108,11 @@ def sudoku_boards():
 
 def sudoku(rng, B, n):
     """A 4x4 board, row by row, with n holes and one solution; each hole is filled where it stands. Four words
-    stand for the digits. After Future-Seed's authors, who compared 4 layers with 12; here both have 4."""
+    stand for the digits. After Future-Seed's authors, who compared 4 layers with 12: here both have 4."""
     boards = sudoku_boards()
     solved, holes = boards[rng.integers(len(boards), size=B)], np.zeros((B, 16), bool)
     for b in range(B):
-        solutions = 0
+        solutions = 0    # holes are drawn until they leave one solution
         while solutions != 1:
             holes[b] = rng.permutation(16) < n
             solutions = ((boards == solved[b]) | holes[b]).all(axis=1).sum()
@@ -118,13 +120,14 @@ def sudoku(rng, B, n):
 
 
 class Task(NamedTuple):
-    make: Callable
+    make: Callable    # (rng, B, n) -> inputs (B, T), targets (B, T)
     first: int    # n in the first questions
     last: int     # n in the last ones, and in the test
     steps: int
 
 
 def ordered(make, order):
+    """A task's `make` with its order fixed; it keeps its docstring, which is printed."""
     return functools.update_wrapper(functools.partial(make, order=order), make)
 
 

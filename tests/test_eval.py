@@ -3,10 +3,12 @@ model that is asked answer as it was trained to?"""
 
 import json
 import os
+import random
 import shutil
 import string
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,6 +218,16 @@ def test_seed_states_of_other_prompts(model, fs):
         assert changed[:start] == example.prompt[:start] and sorted(changed) == sorted(example.prompt)
         assert seed_prompts_of("shuffled", [example]) == [changed]
     assert sum(example.prompt != changed for example, changed in zip(examples, shuffled)) >= 3
+
+
+def test_any_id_shuffles_its_prompt():
+    """The id decides the order, as Random(id) would. Catches: an id with half a surrogate pair, which JSON may
+    hold, refused by the last control, when both arms are trained."""
+    example = make_examples(1)[0]
+    seed_prompts_of("shuffled", [replace(example, id="\ud800")])
+    named = replace(example, id="Zoë 7")
+    end = random.Random(named.id).sample(named.prompt[-named.tail:], named.tail)
+    assert seed_prompts_of("shuffled", [named])[0][-named.tail:] == end
 
 
 def test_options_that_bf16_cannot_tell_apart(model):
@@ -530,6 +542,12 @@ def test_arguments_that_do_not_go_together(capsys):
             main(argv)
         captured = capsys.readouterr()
         assert words in captured.out + captured.err
+
+
+def test_an_empty_list_of_seeds_is_refused(tmp_path, capsys):
+    """Catches: --seeds "$S" with S unset, taken as if no seeds were asked for."""
+    assert main(["S20", "--seeds", "", "--runs", str(tmp_path)]) == 2
+    assert "--seeds : write seeds as 0-9 or 0,3,5" in capsys.readouterr().err
 
 
 def test_ctrl_c_at_any_time_says_stopped(tmp_path, capsys, monkeypatch):

@@ -1,14 +1,14 @@
-"""The laws of Future-Seed: what it computes, and what keeps it honest: an answer sees no future.
+"""The laws of Future-Seed: what it computes, and why it does not cheat: an answer sees no future.
 
 With S_T^(i) the state of layer i at the end of the prompt, layer i starts the prompt from
 S_0^(i) = clip(gate_i * norm(S_T^(i-1))) (`definition`, in NumPy), and the answer from S_T^(i). Hence:
 
     shut gate   gate = 0: every logit, hidden and state is the plain model's, bit for bit
-    reach       layers below layer_start do not change; a row's seed states change this row alone
+    reach       layers below layer_start do not change; a row's seed states change no other row
     causal      given S_0^(i), layer i's output t depends on tokens 0 to t of the prompt, and on no other
     answers     logits of answer token j depend on the prompt and on answer tokens before j; seed states and
                 prompt states on no answer token at all
-    rows        a padded row of any batch, or alone, is the row cut to its own tokens
+    rows        a padded row, in any batch or alone, comes out like the row cut to its own tokens
 
 Shapes: B batch rows, T tokens, A tokens of an answer, C channels, H heads, N head size, L layers.
 """
@@ -37,7 +37,7 @@ def config(n_layer=L) -> Config:
 
 
 def randomised(fs: FutureSeed, seed=0) -> FutureSeed:
-    """Its gates' parameters moved off their initial values, so that each layer and head has its own."""
+    """fs with its parameters moved off their initial values, so that no two layers or heads share a gate."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in fs.parameters():
@@ -50,9 +50,12 @@ def randomised(fs: FutureSeed, seed=0) -> FutureSeed:
 def schedule_factor(layer, first, n_layer, schedule, low, high):
     if schedule == "none":
         return 1.0
-    p = 1.0 if first >= n_layer - 1 else (layer - first) / (n_layer - 1 - first)
-    p = min(max(p, 0.0), 1.0)
-    return low + (high - low) * (p if schedule == "linear" else (1 - math.cos(math.pi * p)) / 2)
+    p = 1.0
+    if first < n_layer - 1:
+        p = min(max((layer - first) / (n_layer - 1 - first), 0.0), 1.0)
+    if schedule == "cosine":
+        p = (1 - math.cos(math.pi * p)) / 2
+    return low + (high - low) * p
 
 
 def definition(layer, below, x_last, n_layer, *, layer_start=6, norm=True, clip=1.0, scale=1.0,
@@ -78,7 +81,9 @@ def definition(layer, below, x_last, n_layer, *, layer_start=6, norm=True, clip=
         if alpha_head is not None:
             gate = gate * sigmoid(alpha_head[h])
         head = gate * base
-        heads.append(np.clip(head, -clip, clip) if clip > 0 else head)
+        if clip > 0:
+            head = np.clip(head, -clip, clip)
+        heads.append(head)
     return np.stack(heads)
 
 
@@ -169,7 +174,7 @@ def test_defaults_are_the_logs_recipe():
 @pytest.mark.parametrize("train_alpha", [False, True])
 def test_what_is_trained_and_how_gates_start(gate, expected, train_alpha):
     """Catches: a frozen alpha that trains, or the reverse, an input gate that cannot learn, a parameter of a
-    gate that plays no part, and an input gate or heads' gates that do not start as the scalar one.
+    gate that plays no part, and an input gate or heads' gates that do not start as the scalar gate does.
     """
     fs = FutureSeed(config(), alpha=-1.5, layer_start=1, gate=gate, train_alpha=train_alpha, clip=0)
     below, x_last = torch.randn(2, 2, 8, 8), torch.randn(2, 16)
@@ -177,13 +182,15 @@ def test_what_is_trained_and_how_gates_start(gate, expected, train_alpha):
     trainable = {name for name, parameter in fs.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name in expected if train_alpha or name.startswith("input")}
     seed_state = fs(2, below, x_last)
-    scalar = FutureSeed(config(), alpha=-1.5, layer_start=1, clip=0)(2, below, x_last)
-    assert_close(seed_state, scalar * (torch.sigmoid(torch.tensor(-1.5)) if gate == "head" else 1), 1e-6)
+    at_the_start = FutureSeed(config(), alpha=-1.5, layer_start=1, clip=0)(2, below, x_last)
+    if gate == "head":    # a product of two such gates
+        at_the_start = at_the_start * torch.sigmoid(torch.tensor(-1.5))
+    assert_close(seed_state, at_the_start, 1e-6)
     if trainable:
         seed_state.square().sum().backward()
         for name in trainable:
             gradient = dict(fs.named_parameters())[name].grad
-            assert (gradient[2] != 0).all() and (gradient[[0, 1, 3]] == 0).all()    # its own layer's alone
+            assert (gradient[2] != 0).all() and (gradient[[0, 1, 3]] == 0).all()    # layer 2's alone
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -216,9 +223,11 @@ def test_seed_states_and_logits_are_fp32_under_autocast(gate):
 
 @pytest.mark.parametrize("arguments, word", [
     ({"schedule": "square"}, "schedule"), ({"gate": "vector"}, "gate"), ({"schedule": None}, "schedule"),
+    ({"alpha": math.nan}, "alpha = nan"), ({"clip": math.nan}, "clip = nan"),
+    ({"schedule_min": math.nan}, "schedule_min = nan"),
 ])
 def test_bad_settings(arguments, word):
-    """Catches: a misspelled setting that silently means something else."""
+    """Catches: a misspelled setting that silently means something else; NaN, which as a clip is no clip."""
     with pytest.raises(ValueError, match=word) as caught:
         FutureSeed(config(), **arguments)
     assert "\n" not in str(caught.value)
@@ -320,7 +329,7 @@ def test_prefill_is_the_whole_definition_for_every_row(gate, arguments):
 def test_a_shut_gate_is_the_plain_model(problem, shut):
     """gate_i = 0, or no seeded layer: every logit and state is the plain model's, bit for bit.
 
-    Catches: a path around the gate, of which a bit is left, and a layer_start that wraps around.
+    Catches: a path around the gate, also one that changes a single bit, and a layer_start that wraps around.
     """
     model, fs, prompt, lengths, answer = problem
     closed = FutureSeed(model.config, **{"layer_start": 1, "gate": fs.gate, "norm": fs.norm} | shut)
@@ -333,20 +342,21 @@ def test_a_shut_gate_is_the_plain_model(problem, shut):
 @FEW
 @given(problem=problems(), number=st.integers(0, 999), data=st.data())
 def test_seed_states_reach_the_seeded_layers_of_their_own_row_alone(problem, number, data):
-    """Seed states of another prompt, for one row: layers below layer_start keep every bit, and so does every
-    other row in every layer; from layer_start on this row changes.
+    """One row gets the seed states of another prompt. Layers below layer_start keep every bit, and so does
+    every other row in every layer. From layer_start on the row changes.
 
     Catches: a seed state one layer too early or too late, or one that reaches another row.
     """
     model, fs, prompt, lengths, answer = problem
     chosen = data.draw(st.integers(0, len(prompt) - 1))
-    own, other = {}, {}
-    outputs, state = outputs_of(model, prompt, lengths=lengths, seed_state=recorded(fs, own), answer=answer)
-    model(random_tokens(number, *prompt.shape), lengths=lengths, seed_state=recorded(fs, other))
-    mixed = dict(own)
+    kept, of_another = {}, {}
+    outputs, state = outputs_of(model, prompt, lengths=lengths, seed_state=recorded(fs, kept), answer=answer)
+    model(random_tokens(number, *prompt.shape), lengths=lengths, seed_state=recorded(fs, of_another))
+    mixed = dict(kept)
     for layer in range(fs.layer_start, L):
-        mixed[layer] = own[layer].clone()
-        mixed[layer][chosen] = other[layer][chosen] + 0.1    # the same prompt may have been drawn
+        mixed[layer] = kept[layer].clone()
+        # plus 0.1, because the other prompt may happen to be the same
+        mixed[layer][chosen] = of_another[layer][chosen] + 0.1
     changed, changed_state = outputs_of(model, prompt, lengths=lengths, seed_state=replayed(mixed),
                                         answer=answer)
     others = [row for row in range(len(prompt)) if row != chosen]
@@ -363,10 +373,10 @@ def test_seed_states_reach_the_seeded_layers_of_their_own_row_alone(problem, num
 @FEW
 @given(problem=problems(), data=st.data())
 def test_every_layer_is_causal_given_its_seed_state(problem, data):
-    """With the seed states replayed, a changed prompt token t leaves every bit before t as it was; and with
-    them made anew, token 0 sees the change: that is the point.
+    """With the seed states replayed, a changed prompt token t leaves every bit before t as it was. With seed
+    states made anew, token 0 sees the change: that is the point of Future-Seed.
 
-    Catches: a look ahead by any way but the seed states.
+    Catches: a look ahead by any other way than the seed states.
     """
     model, fs, prompt, _, _ = problem
     t = data.draw(st.integers(0, prompt.shape[1] - 1))
@@ -415,8 +425,8 @@ def test_a_padded_row_is_the_row_cut_and_decoded_token_by_token(problem):
     """Logits, states and gradients of a padded row, in a batch or alone, are those of the row cut to its own
     tokens, whose answer is then read one token at a time without Future-Seed.
 
-    Catches: a batch mate or padding that reaches a row through its seed state, forward and backward; one
-    padded row that is read through its padding; an answer that is seeded.
+    Catches: another row or padding that reaches a row through its seed state, forward and backward; a padded
+    row that is read wrongly when it is alone; an answer that is seeded.
     """
     model, fs, prompt, lengths, answer = problem
     B, T = prompt.shape
@@ -453,7 +463,7 @@ def test_detach_cuts_the_gradient_through_the_seed_states_and_nothing_else():
     """Catches: detach that is ignored (later tokens get gradients), or always on."""
     T = 20
     model = random_model(6, n_layer=L, vocab_size=T)
-    tokens = torch.arange(T).unsqueeze(0)    # each token once, so its embedding's gradient is its own
+    tokens = torch.arange(T).unsqueeze(0)    # each id once, so that an embedding belongs to one token
 
     def gradient(t, **arguments):
         model.zero_grad()

@@ -9,7 +9,7 @@ numbers, called r, w, k, v, a and b, and does three things:
 
 Letters, with the names of the paper (Peng et al. 2025, "RWKV-7 Goose", arXiv:2503.14456):
 
-    S   state, the memory: (B, H, N, N), [value, key]. A column belongs to one channel of the keys
+    S   state, the memory: (B, H, N, N), [value, key], so that a column belongs to one channel of the keys
     r   receptance: the key that the token reads with, a query in the words of attention
     w   decay: the factor by which each column fades. It is given as log_w, in (-0.6066, 0], for RWKV-7
         computes it as -exp(-0.5) sigmoid(...)
@@ -64,7 +64,7 @@ FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 def kernel_for(x):
     """The kernels under g++ for the head size and the dtype of x, (B, T, H, N)."""
     kernel = build(x.shape[-1], x.dtype == BF16)
-    kernel.seed = kernel.drop = 0  # the warps in one order, and no barrier left out
+    kernel.seed = kernel.drop = 0  # settings of the CPU's shim: warps in one order, no barrier left out
     return kernel
 
 
@@ -97,16 +97,19 @@ class Form(NamedTuple):
     name: str
     operator: Callable  # (r, log_w, k, v, a, b, state) -> (y, final state)
     dtype: torch.dtype  # of r, k, v, a, b and y
-    y: float  # the largest errors of y, the final state and the gradients, in relative L2, against the
-    state: float  # equations in fp64
-    gradients: float | None  # None: it has no backward
-    exact_at: int | None  # cutting or padding at multiples of so many tokens changes no bit; None: it may
-    where_keys_repeat: dict[str, float] = {}  # errors may be so many times as large, by the keys of a case
-    head_sizes: tuple[int, int] = (16, 64)  # what the laws try, a narrow head and a wide one
+    # the largest errors against the equations in fp64, in relative L2
+    y: float
+    state: float
+    gradients: float | None  # None: the form has no backward
+    # cutting or padding at multiples of this many tokens changes no bit; None: it may change some anywhere
+    exact_at: int | None
+    # by what factor errors may be larger, for the kinds of keys that a case has
+    where_keys_repeat: dict[str, float] = {}
+    head_sizes: tuple[int, int] = (16, 64)  # the laws try a narrow head and a wide one
 
 
-# where a token removes what an earlier one wrote, the difference of two large terms remains; and where every
-# token removes just what the last one wrote, all terms of a chunk cancel but one
+# "two": a token removes what an earlier one wrote, and the difference of two large terms remains. "one,
+# overwritten": every token removes what the token before it wrote, and all terms of a chunk cancel but one
 BF16_FACTORS = {"two": 1.2, "one, overwritten": 2.5}
 
 FORMS = [
@@ -182,7 +185,7 @@ def few(examples):
 def make(form, seed, B, T, wide, decay, keys, memory):
     """r, log_w, k, v, a, b and an initial state as RWKV-7 makes them, in the dtypes that the form takes.
 
-    Few tokens come with many heads, for an error relative to one number, which may be near 0, says nothing.
+    Few tokens come with many heads. An error relative to a single number, which may be near 0, says nothing.
     """
     rng = torch.Generator().manual_seed(seed)
     H, N = max(2, 32 // T), form.head_sizes[wide]
@@ -217,7 +220,8 @@ def typed(form, tensors):
 
 
 def weights_of(outputs):
-    """Fixed weights for every number of y and the final state, whose weighted sum is a loss."""
+    """Fixed weights for every number of y and the final state, whose weighted sum is a loss. They are numbers
+    that bf16 holds, so that the loss is the same for every form."""
     rng = torch.Generator().manual_seed(1)
     return [torch.randn(x.shape, generator=rng).to(BF16).to(x.dtype) for x in outputs]
 
@@ -425,9 +429,9 @@ def test_linearity(form, case, c):
 
         f(v + v', S_0 + S_0') = f(v, S_0) + f(v', S_0')       f(c v, c S_0) = c f(v, S_0)
 
-    for y and for S_T. The sum is not exact to the bit, since each of the three runs rounds other numbers: the
-    two sides may differ by as much as the three promise, each relative to its own size. The product is exact
-    to the bit where c is a power of two or -1, for that changes no digit of a number, in any dtype.
+    for y and for S_T. The sum is not exact to the bit, since each of the three runs rounds other numbers. So
+    the two sides may differ by the sum of the errors that the form promises for each run. The product is
+    exact to the bit where c is a power of two or -1, for that changes no digit of a number, in any dtype.
 
     Catches: a clamp, a normalisation or a constant that has no place in the operator, and v or the state
     counted twice.

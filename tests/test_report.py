@@ -82,7 +82,7 @@ def test_the_numbers_are_those_of_the_records(tmp_path, capsys, seeds):
     else:
         assert all(known) and np.allclose(result["interval"], [low, high])
         assert f"[{low:+.4f}, {high:+.4f}]" in out
-    assert "  F1 " in out and "with its seed states of another prompt: 0." in out
+    assert "  F1 " in out and "with its seed states made from another prompt: 0." in out
     assert "prompts of up to 4096 tokens" in out
 
 

@@ -200,7 +200,7 @@ NO_SETTINGS = ["step=3", "=3", "name=R1", "log=1", "title=x", "primary=true", "r
                "seeds=[3, 4]"]
 NO_CHOICES = ["order=up", "order=3", "task=squad", "task=own", "fs_gate=none", "fs_alpha_schedule=",
               "arc_border=none", "fs_norm=1", "fs_norm=True", "end_mark=yes", "base=../evil.pth", "base=..",
-              "base=a b", "base="]
+              "base=a b", "base=", "steps=2\nlr=1"]
 
 
 @pytest.mark.parametrize("pair", BEYOND + NO_NUMBERS + NO_SETTINGS + NO_CHOICES, ids=lambda pair: pair[:24])

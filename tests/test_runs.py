@@ -114,16 +114,27 @@ def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
     """Catches: a seed averaged at whatever step it has reached, and one that disappears without a word."""
     folder = write_runs(tmp_path, seeds=range(4), n=2)
     change_run(folder / "seed0/no_fs", status="running", steps=5)
-    missing = [folder / "seed1/prompt_fs/run.json", folder / "seed2/no_fs/records.jsonl"]
-    for path in missing:
-        path.unlink()
+    missing = folder / "seed1/prompt_fs/run.json"
+    missing.unlink()
     found, notes, damaged = read_round(folder, seeds=[0, 1, 2, 3, 4])
-    assert list(found) == [3] and damaged == []
-    reasons = {0: "no_fs stands at step 5", 1: str(missing[0]), 2: str(missing[1]), 4: "seed4/no_fs"}
+    assert list(found) == [2, 3] and damaged == []
+    reasons = {0: "no_fs stands at step 5", 1: str(missing), 4: "seed4/no_fs"}
     for (seed, reason), note in zip(reasons.items(), notes, strict=True):
         assert note.startswith(f"seed {seed} is left out, because it is not finished") and reason in note
     with pytest.raises(FileNotFoundError, match="R6 has no finished seed: no runs"):
         read_round(tmp_path / "R6")
+
+
+@pytest.mark.parametrize("file", ["no_fs/records.jsonl", "prompt_fs/controls.jsonl"])
+def test_a_finished_seed_that_lost_a_file_is_damaged(tmp_path, file):
+    """run.json is written last, so a run that is done had all its files. Catches: a finished seed that is left
+    out as unfinished, with exit code 0, because its records were deleted."""
+    folder = write_runs(tmp_path, seeds=(0, 1), n=2)
+    path = folder / "seed0" / file
+    path.unlink()
+    found, notes, damaged = read_round(folder)
+    assert list(found) == [1] and notes == []
+    assert damaged == [f"{path} is missing. Run this arm again with --fresh."]
 
 
 BIG, DEEP = "1" + 400 * "0", "[" * 100_000

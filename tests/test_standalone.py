@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from model import RWKV7, Config
@@ -31,17 +32,34 @@ def test_no_file_imports_more_than_torch_and_the_standard_library():
                 assert module.partition(".")[0] in allowed, f"{name} imports {module}"
 
 
+def examples_of_the_readme(with_rwkv: bool) -> str:
+    """README's Python, with a small checkpoint in the place of the large one. `with_rwkv`: the part that goes
+    on in the `rwkv` package, or the rest."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    first, *others = blocks
+    chosen = [first] + [block for block in others if ("from rwkv" in block) == with_rwkv]
+    return re.sub(r'"assets/[^"\n]*?(\.pth)?"', r'"./small\1"', "\n".join(chosen))
+
+
+def run_alone(folder, code: str) -> subprocess.CompletedProcess:
+    """Run code in a folder that holds the files of the mathematics and a small checkpoint, and nothing else."""
+    for name in PROGRAMS + OTHERS:
+        shutil.copy(ROOT / name, folder)
+    # deep enough for the default settings
+    RWKV7.init(Config.published(12, 64, 64)).save(folder / "small.pth")
+    (folder / "examples.py").write_text(code, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "examples.py"], cwd=folder, env=environment, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
 def test_the_readmes_python_runs_from_a_folder_with_nothing_else(tmp_path):
     """Catches: an example that is out of date, and a file that needs what a stranger has not copied."""
-    for name in PROGRAMS + OTHERS:
-        shutil.copy(ROOT / name, tmp_path)
-    # a small model in the place of the large one that the examples read; deep enough for the default settings
-    RWKV7.init(Config.published(12, 16, 16)).save(tmp_path / "small.pth")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert blocks
-    examples = re.sub(r'"[^"\n]*\.pth"', '"small.pth"', "\n".join(blocks))
+    examples = examples_of_the_readme(with_rwkv=False)
     assert "RWKV7.load" in examples and "small.pth" in examples and "wkv(" in examples
-    check = """
+    run = run_alone(tmp_path, "import warnings\nwarnings.simplefilter('error')\n" + examples + """
 import sys
 from pathlib import Path
 strangers = [name for name, module in sys.modules.items() if name.partition(".")[0] in
@@ -49,11 +67,20 @@ strangers = [name for name, module in sys.modules.items() if name.partition(".")
 assert not strangers, strangers
 assert Path(sys.modules["model"].__file__).parent == Path.cwd()
 print("all ran")
-"""
-    (tmp_path / "examples.py").write_text(examples + check, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run([sys.executable, "-W", "error", "examples.py"], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+""")
     assert run.stdout.splitlines()[-1] == "all ran" and len(run.stdout.splitlines()) > 1
     assert run.stderr == ""
+
+
+def test_a_prompt_read_here_goes_on_in_the_rwkv_package(tmp_path):
+    """README's example continues a prompt in the official package, with the logits that this model has there.
+
+    Catches: an example that is out of date, and a state in another order or layout.
+    """
+    pytest.importorskip("rwkv", reason="needs the rwkv package: pip install rwkv==0.8.32")
+    run_alone(tmp_path, examples_of_the_readme(with_rwkv=True) + """
+with torch.no_grad():
+    expected, _ = model(logits.argmax(dim=-1, keepdim=True), state)
+    error = (next_logits - model.head(expected[0, -1])).norm() / model.head(expected[0, -1]).norm()
+assert error <= 1e-4, error
+""")
