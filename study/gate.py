@@ -2,10 +2,11 @@
 
     python study/gate.py --seed 0 --alpha 0 --clip 0    S20's start; the defaults are those of from_scratch.py
 
-Trains on needle with 2 facts, at a constant rate, until the running loss is below 0.4 or for 700 steps. Every
-50 steps it prints, for each seeded layer, the mean gate; the root mean square of its seed state's entries; and
-that of its state at the end of the prompt when the same weights read it without Future-Seed (what it writes
-itself). Then come the gradients' norms, of the weights and of alpha. LOG.md has what came of it.
+Trains on needle with 2 facts, at a constant rate, until the running loss is below 0.4 or for 700 steps.
+Every 50 steps it prints three numbers for each seeded layer: the mean gate; the root mean square of its
+seed state's entries; and that of its state at the end of the prompt when the same weights read it without
+Future-Seed, which is what the layer writes itself. Then come the gradients' norms, of the weights and of
+alpha. LOG.md has what came of it.
 """
 
 import argparse
