@@ -6,6 +6,15 @@ A task draws B sequences of n facts with rng, a NumPy generator: inputs (B, T) a
 WORDS, with SILENT as the target where nothing is to be said. Training and test have an rng each. Nothing else
 keeps their questions apart, but so many are possible that hardly one comes twice (in sudoku a few may).
 Shapes: B sequences in a batch, T tokens in a sequence, n facts in a sequence.
+
+A task of your own is a function like those below and a line in TASKS:
+
+    def again(rng, B, n):
+        # of n names, the first is to be said at the end
+        names = rng.choice(NAME_IDS, (B, n))
+        return said_last([names], names[:, 0])
+
+    TASKS["again"] = Task(again, first=2, last=8, steps=200)
 """
 
 import functools

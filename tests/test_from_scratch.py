@@ -34,6 +34,16 @@ def test_a_task_says_at_each_token_what_is_to_be_said_there(task):
     assert targets[asked].min() >= 0 and targets[asked].max() < len(tasks.WORDS)
 
 
+def test_a_task_of_ones_own_is_as_short_as_its_example():
+    """The example in tasks.py's docstring gives a task like the others. Catches: an example out of date."""
+    code = tasks.__doc__[tasks.__doc__.index("    def again"):]
+    names = dict(vars(tasks), TASKS={})
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    task = names["TASKS"]["again"]
+    inputs, targets = task.make(np.random.default_rng(0), 5, task.last)
+    assert inputs.shape == targets.shape == (5, 8) and (targets[:, -1] == inputs[:, 0]).all()
+
+
 @pytest.mark.parametrize("task", ["needle", "needle-first", "needle-both", "needle-twice"])
 def test_one_statement_of_a_needle_text_answers_its_question(task):
     """Exactly one statement has the verb and the thing that are asked for, and its name is the answer.
