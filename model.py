@@ -512,8 +512,8 @@ def check_fit(config: Config, tokens, state, lengths, seed_state, answer) -> Non
         if ids is not None and ids.device.type == "cpu" and ids.numel() > 0:
             low, high = (end.item() for end in ids.aminmax())
             if low < 0 or high >= config.vocab_size:
-                raise ValueError(f"{name} must be 0 to {config.vocab_size - 1}, as the model's vocabulary is, "
-                                 f"not {low} to {high}")
+                raise ValueError(f"{name} must be 0 to {config.vocab_size - 1}, as the model's vocabulary "
+                                 f"is, not {low} to {high}")
     B, T = tokens.shape
     if answer is not None and (answer.ndim != 2 or len(answer) != B):
         raise ValueError(f"answer must be ({B}, A), a row for each row of tokens, not {tuple(answer.shape)}")

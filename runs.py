@@ -207,7 +207,8 @@ def status_of(folder: Path, identity: dict) -> str:
 def read_records(path: Path, by: str = "step") -> dict:
     """records.jsonl as {step: {example id: scores by METRICS}}; controls.jsonl likewise, by "control".
 
-    ValueError names the file where it is missing, a value cannot be, an example is there twice, or an evaluation lacks one.
+    ValueError names the file where it is missing, where a value cannot be, where an example is there twice,
+    or where an evaluation lacks one.
     """
     if not path.exists():
         raise Damaged(f"{path} is missing. {START_OVER}")
