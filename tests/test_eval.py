@@ -233,8 +233,8 @@ def test_seed_states_of_other_prompts(model, fs):
 
 
 def test_any_id_shuffles_its_prompt():
-    """The id decides the order, as Random(id) would. Catches: an id with half a surrogate pair, which JSON may
-    hold, refused by the last control, when both arms are trained."""
+    """The id decides the order, as Random(id) would. Catches: an id with half a surrogate pair, which JSON
+    may hold, refused by the last control, when both arms are trained."""
     example = make_examples(1)[0]
     seed_prompts_of("shuffled", [replace(example, id="\ud800")])
     named = replace(example, id="Zoë 7")

@@ -127,8 +127,8 @@ def test_unfinished_seeds_are_left_out_with_a_note(tmp_path):
 
 @pytest.mark.parametrize("file", ["no_fs/records.jsonl", "prompt_fs/controls.jsonl"])
 def test_a_finished_seed_that_lost_a_file_is_damaged(tmp_path, file):
-    """run.json is written last, so a run that is done had all its files. Catches: a finished seed that is left
-    out as unfinished, with exit code 0, because its records were deleted."""
+    """run.json is written last, so a run that is done had all its files. Catches: a finished seed that is
+    left out as unfinished, with exit code 0, because its records were deleted."""
     folder = write_runs(tmp_path, seeds=(0, 1), n=2)
     path = folder / "seed0" / file
     path.unlink()
