@@ -24,7 +24,8 @@ def test_your_own_questions_run_as_written(tmp_path):
     Catches: an example that is out of date, and files that are looked for in the current folder.
     """
     script = re.search(r"^python - <<.*?(?=^```)", README, re.S | re.M)[0]
-    script = re.sub(r"python (train|eval)\.py", rf"python {ROOT}/\1.py", script).replace("steps=40", "steps=2")
+    script = re.sub(r"python (train|eval)\.py", rf"python {ROOT}/\1.py", script)
+    script = script.replace("steps=40", "steps=2")
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     run = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment,
                          capture_output=True, text=True)
