@@ -259,7 +259,7 @@ def state_of(n_layer=3, rows=2, n_embd=16):
     (dict(tokens=torch.zeros(2, 3)), "tokens must be"),
     (dict(tokens=torch.tensor([[1, 50]])), "tokens must be 0 to 49"),
     (dict(tokens=torch.tensor([[-1, 3]])), "not -1 to 3"),
-    (dict(answer=torch.tensor([[1], [99]])), "answer must be 0 to 49, as the model's vocabulary is, not 1"),
+    (dict(answer=torch.tensor([[1], [99]])), "answer must be 0 to 49, the vocabulary, and not 1"),
     (dict(lengths=torch.tensor([8, 9])), "0 to 8, not 8 to 9"),
     (dict(lengths=torch.tensor([9, 9]), answer=torch.zeros(2, 3, dtype=torch.long)), "0 to 8, not 9 to 9"),
     (dict(lengths=torch.tensor([-1, 3])), "0 to 8, not -1 to 3"),
