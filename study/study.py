@@ -2,7 +2,7 @@
 
     python study/study.py tables                             results.json -> the tables, on standard output
     python study/study.py figures                            results.json -> the figures beside it
-    python study/study.py collect runs/standin … --out FILE  every finished arm there -> a file like results.json
+    python study/study.py collect runs/standin --out FILE    every finished arm there -> a new file
     python study/study.py where runs/standin/S20             where an answer comes from -> where.png
 
 `tables` and `figures` take --results FILE for numbers of your own; figures are then drawn beside that file.
@@ -65,7 +65,8 @@ def check_round(folder: Path, run: dict) -> None:
 def collect(folders: list[Path], out: Path) -> None:
     """Every finished seed under the folders, as a line of `out` for each arm.
 
-    ValueError where a run is not as its round says, where two runs claim the same place, or where `out` is there.
+    ValueError where a run is not as its round says, where two runs claim the same place, where there is no
+    run, or where `out` is there.
     """
     if out.exists():
         raise ValueError(f"{out} is there already; name another --out FILE, or move it away")
@@ -83,8 +84,8 @@ def collect(folders: list[Path], out: Path) -> None:
                     "order": settings["order"]} | {key: settings[key] for key in AXES}
             place = tuple(line.values())
             if place in places:
-                raise ValueError(f"{folder / arm} and {places[place]} are the same arm of the same seed; collect "
-                                 "one of them")
+                raise ValueError(f"{folder / arm} and {places[place]} are the same arm of the same seed; "
+                                 "collect one of them")
             places[place] = folder / arm
             right = np.packbits([scores["acc"] == 1 for _, scores in sorted(both.evaluations[arm].items())])
             machine = run["history"][-1]["machine"]
@@ -96,6 +97,8 @@ def collect(folders: list[Path], out: Path) -> None:
             if arm == "prompt_fs":
                 line["controls"] = {control: mean_of(scores) for control, scores in both.controls.items()}
             arms.append(line)
+    if not arms:
+        raise ValueError(f"no finished runs in {', '.join(map(str, folders))}")
     lines = ",\n".join(json.dumps(arm, separators=(",", ":")) for arm in arms)
     with atomic_write(out, "w") as file:
         file.write(f"[\n{lines}\n]\n")
@@ -359,7 +362,8 @@ def where(folder: Path, count: int = 128) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for an error told in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tables", "figures", "collect", "where"))
     parser.add_argument("folders", nargs="*", type=Path, help="of runs: for collect, and for where")
     parser.add_argument("--out", type=Path, help="a new file, for collect")

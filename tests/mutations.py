@@ -100,7 +100,7 @@ FAULTS = [
 
     # ---- questions, prompts and batches ----
     Fault("ARC's answer has a space after a prompt that ends in one", "data.py",
-          'space = "" if cue.endswith(" ") else " "', 'space = " "', ("test_data.py::test_arcs_border",)),
+          'space = ""', 'space = " "', ("test_data.py::test_arcs_border",)),
     Fault("an answer that was cut is taught to end", "data.py",
           """    if end_mark and len(answer_tokens) <= max_answer:
         answer_tokens = answer_tokens + tokenizer""", """    if end_mark:
@@ -129,7 +129,7 @@ FAULTS = [
             moments["exp_avg_sq"].zero_()
 """, ("test_train.py::test_however_often_it_is_stopped_it_ends_with_the_same_bits",)),
     Fault("the lock is not looked at before a save", "train.py",
-          "        self.check_owner()\n        checkpoint = {", "        checkpoint = {",
+          "        self.check_owner()\n        fs_weights = None\n", "        fs_weights = None\n",
           ("test_train.py::test_a_run_whose_folder_was_deleted_leaves_the_next_one_alone",)),
     Fault("a lock of another process in the same place is taken for one's own", "files.py",
           "if not lock.exists() or not os.path.samestat(os.stat(lock), locked):", "if not lock.exists():",
@@ -148,16 +148,15 @@ FAULTS = [
           'evaluations[arm] = by_step[run["steps"]]', "evaluations[arm] = by_step[min(by_step)]",
           ("test_runs.py::test_a_round_comes_back_as_written",)),
     Fault("an arm that ran on another machine is copied", "runs.py",
-          'if whole and run["history"] == here and not', "if whole and not",
+          "if whole and ran_like_this and not", "if whole and not",
           ("test_runs.py::test_an_identical_arm_of_another_round_is_copied_whole_or_not_at_all",)),
 
     # ---- scores and reports ----
     Fault("a padded answer is scored", "eval.py",
           "sum(hits[row][:count])", "sum(hits[row])", ("test_eval.py::test_padding_is_no_right_answer",)),
     Fault("the gold answer is cut at max_answer", "eval.py",
-          "exact, f1 = float(normalise(text) == normalise(example.text)), f1_score(text, example.text)",
-          """gold = tokenizer.decode(example.answer)
-        exact, f1 = float(normalise(text) == normalise(gold)), f1_score(text, gold)""",
+          "exact = float(normalise(text) == normalise(example.text))",
+          "exact = float(normalise(text) == normalise(tokenizer.decode(example.answer)))",
           ("test_eval.py::test_an_answer_is_the_line_that_the_model_writes",)),
     Fault("white space before an answer ends it", "eval.py",
           "if token in tokenizer.tokens]).lstrip()", "if token in tokenizer.tokens])",
@@ -169,10 +168,10 @@ FAULTS = [
           "d = with_fs - without\n", "d = without - with_fs\n",
           ("test_report.py::test_the_numbers_are_those_of_the_records",)),
     Fault("differences by question where they should be by seed", "report.py",
-          "deltas[metric] = d.mean(axis=1)", "deltas[metric] = d.mean(axis=0)",
+          "means = d.mean(axis=1)", "means = d.mean(axis=0)",
           ("test_report.py::test_the_numbers_are_those_of_the_records",)),
     Fault("a median that is a mean", "report.py",
-          'np.median(deltas["acc"])', 'np.mean(deltas["acc"])',
+          "np.median(d_acc)", "np.mean(d_acc)",
           ("test_report.py::test_the_numbers_are_those_of_the_records",)),
     Fault("any seeds of a registered round count as registered", "report.py",
           ' and sorted(found) == sorted(published.registered))', ")",

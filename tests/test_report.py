@@ -306,7 +306,8 @@ def test_the_commands_that_are_printed_answer_as_printed(tmp_path, capsys, monke
         prompts.append(tokens[0].tolist())
         return prefill(model, tokens, **more)
 
-    monkeypatch.setattr(eval_py, "prefill", keep_prompt)    # these models answer much alike whatever they read
+    # these models answer much alike, whatever they read
+    monkeypatch.setattr(eval_py, "prefill", keep_prompt)
     for command, arm, answer in zip(commands, ARMS, said.groups()[1:], strict=True):
         assert f"{arm}/model.pth" in command
         assert report_of(capsys, *shlex.split(command)).out == f"{answer}\n"

@@ -188,7 +188,8 @@ BEYOND = ["grad_clip=-1", "lr=-0.1", "rehearsal=7", "rehearsal=-0.1", "alpha_lr=
           "fs_alpha_max=-1", "warm_up=-1", "facts=33", "facts=-1", "facts_first=1", "facts_first=33",
           "facts_hold=-1", "facts_ramp=-1", "channels=0", "channels=24", "channels=-16",
           "micro_batch_size=-1", "fs_layer_start=-1", "data_seed=-1", "validation_seed=-1", "steps=-1",
-          "min_prompt=-1", "n_val=1", "max_prompt=0", "max_answer=0", "n_train=0", "batch_size=0", "eval_every=0"]
+          "min_prompt=-1", "n_val=1", "max_prompt=0", "max_answer=0", "n_train=0", "batch_size=0",
+          "eval_every=0"]
 ON_THE_BOUND = ["grad_clip=0.0", "lr=0.0", "rehearsal=1.0", "rehearsal=0.0", "alpha_lr=0.0", "beta2=0.0",
                 "weight_decay=0.0", "fs_clip=0.0", "fs_scale=0.0", "facts=32", "facts=0", "facts_first=2",
                 "channels=16", "n_val=2", "steps=0", "max_prompt=1", "alpha_init=-40.0", "warm_up=0"]

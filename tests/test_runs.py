@@ -340,7 +340,8 @@ def test_an_identical_arm_of_another_round_is_copied_whole_or_not_at_all(tmp_pat
 VALUES = ["null", "true", "false", "0", "1", "-1", "2", "7", "-0.0", "0.5", "1e308", "-1e999", "NaN", BIG,
           "1" + 5000 * "0", '""', '"x"', '"a\\nb"', '"\\ud800"', '"\\u0000"', '"\\u2028\\u001b[2J"',
           '"../../x"', '"no_fs"', '"prompt_fs"', '"standin"', '"done"', '"running"', '"arc"', "[]", "[null]",
-          "[[1]]", "{}", '{"x": 1}', '{"train": "t"}', "[" * 400 + "]" * 400, '{"x":' * 400 + "1" + "}" * 400, DEEP,
+          "[[1]]", "{}", '{"x": 1}', '{"train": "t"}', "[" * 400 + "]" * 400,
+          '{"x":' * 400 + "1" + "}" * 400, DEEP,
           '"' + 100_000 * "y" + '"']
 
 

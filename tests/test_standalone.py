@@ -1,4 +1,4 @@
-"""The mathematics stands alone: these files, torch and the standard library run the README's Python examples."""
+"""The mathematics stands alone: its files, torch and the standard library run the README's Python."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ OTHERS = ("wkv_kernel.cu", "rwkv_vocab_v20230424.txt")
 
 
 def test_no_file_imports_more_than_torch_and_the_standard_library():
-    """Catches: an import of the plumbing (files.py, data.py, ...) or of another package, wherever it stands."""
+    """Catches: an import of the plumbing (files.py, data.py) or of another package, wherever it stands."""
     own = {name.removesuffix(".py") for name in PROGRAMS}
     optional = {"cuda"}    # NVRTC's bindings, which wkv_cuda.py can do without
     allowed = own | {"torch", "numpy"} | optional | set(sys.stdlib_module_names)
@@ -42,7 +42,7 @@ def examples_of_the_readme(with_rwkv: bool) -> str:
 
 
 def run_alone(folder, code: str) -> subprocess.CompletedProcess:
-    """Run code in a folder that holds the files of the mathematics and a small checkpoint, and nothing else."""
+    """Run code in a folder with the files of the mathematics, a small checkpoint, and nothing else."""
     for name in PROGRAMS + OTHERS:
         shutil.copy(ROOT / name, folder)
     # deep enough for the default settings

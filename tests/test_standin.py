@@ -358,7 +358,8 @@ def test_a_seed_is_explained_in_words(off, facts, instant, tmp_path, capsys):
     for said in (f"8 questions on {facts} facts", f"right {guess:.0%} of the time",
                  "Without Future-Seed 0% ", "with it 75%", "The arms answer 4 questions differently",
                  f"switched off after training, prompt_fs answers {off}% right", "One seed decides nothing",
-                 f'"{example.text}" is right. no_fs says "no_fs1", prompt_fs says "prompt_fs1".', "--seeds 0-5"):
+                 f'"{example.text}" is right. no_fs says "no_fs1", prompt_fs says "prompt_fs1".',
+                 "--seeds 0-5"):
         assert said in words, said
     asked = TOKENS.decode(example.prompt).split()[-2]
     for arm in train.ARMS:

@@ -785,7 +785,8 @@ def make_arm(base, folder, *settings):
     rules = dict(max_prompt=256, max_answer=4, order="context_first")
     batch = [data.make_example("arc", record, standin.small_tokenizer(), **rules)
              for n in (2, 4, 7, 3, 3) for record in standin.standin_records("arc", "train", 1, n, n)]
-    made_from = material.Material("real", batch, batch, RWKV7.load(base), "tiny.pth", standin.small_tokenizer())
+    made_from = material.Material("real", batch, batch, RWKV7.load(base), "tiny.pth",
+                                  standin.small_tokenizer())
     experiment = train.Experiment(recipe, 5, made_from, None, torch.device("cpu"), folder)
     return train.Arm(experiment, experiment.identity() | {"arm": "prompt_fs"}), batch
 
