@@ -24,10 +24,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import collate    # noqa: E402
-from files import atomic_write, complain, say    # noqa: E402
+from files import atomic_write, complain, say, tell    # noqa: E402
 from fs import FutureSeed, answer_logits    # noqa: E402
 from model import RWKV7, read_tensors    # noqa: E402
-from report import COLOURS, Row, draw_scores    # noqa: E402
+from report import COLOURS, Row, draw_legend, draw_scores    # noqa: E402
 from rounds import load_rounds    # noqa: E402
 from runs import ARMS, CONTROLS, differences, in_words, read_records, read_run, read_seed    # noqa: E402
 from runs import recipe_of, seeds_on_disk    # noqa: E402
@@ -235,7 +235,7 @@ def draw_seeds(arms: list[dict], folder: Path) -> None:
         without, with_fs = (select(arms, round=name, arm=arm) for arm in ARMS)
         if without and with_fs:
             form = "HotpotQA's form" if recipe.task == "hotpotqa" else "ARC's form"
-            order = recipe.title.partition(", ")[2].removesuffix(", the recommended recipe")
+            order = recipe.title.partition(", ")[2].replace(", the recommended recipe", "")
             rows.append(Row(f"{name}: made-up questions in {form}, {order}",
                             {seed: end_of(arm) for seed, arm in without.items()},
                             {seed: end_of(arm) for seed, arm in with_fs.items()},
@@ -245,7 +245,7 @@ def draw_seeds(arms: list[dict], folder: Path) -> None:
     panel = figure.subplots()
     draw_scores(panel, rows)
     panel.set_xlabel("accuracy on the stand-in, a mark a seed")
-    figure.legend(fontsize=8, loc="outside upper right", ncols=4)
+    draw_legend(panel, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.02), ncols=4)
     figure.savefig(folder / "seeds.png", dpi=110)
 
 
@@ -349,7 +349,8 @@ def where(folder: Path, count: int = 128) -> None:
         lines.plot(np.transpose(shares), color=colour, linewidth=0.5, alpha=0.5)
         middle = np.median(shares, axis=0)
         lines.plot(middle, "o-", color=colour, label=f"{arm}, median of {len(seeds)} seeds")
-        print(f"{arm}, share by layer, median of seeds:", *(f"{share:.2f}" for share in middle))
+        shares_in_words = " ".join(f"{share:.2f}" for share in middle)
+        tell(f"{arm}, share by layer, median of seeds: {shares_in_words}")
     alike = np.mean([2 / end for _, end in asked])
     lines.axhline(alike, linestyle=":", color="black", label="if all tokens of the context counted alike")
     lines.set_xlabel("layer")
@@ -380,7 +381,8 @@ def main(argv: list[str] | None = None) -> int:
             where(args.folders[0])
         elif args.what == "tables":
             arms = read_results(args.results)
-            print(verdicts(arms), instead(arms), axes(arms), every_seed(arms), sep="\n")
+            for table in (verdicts, instead, axes, every_seed):
+                tell(table(arms))
         else:
             arms = read_results(args.results)
             for draw in (draw_seeds, draw_steps, draw_cost):
