@@ -29,7 +29,7 @@ from fs import FutureSeed, answer_logits    # noqa: E402
 from model import RWKV7, read_tensors    # noqa: E402
 from report import COLOURS, Row, draw_legend, draw_scores    # noqa: E402
 from rounds import load_rounds    # noqa: E402
-from runs import ARMS, CONTROLS, differences, in_words, read_records, read_run, read_seed    # noqa: E402
+from runs import ARMS, CONTROLS, differences, in_words, read_records, read_run    # noqa: E402
 from runs import recipe_of, seeds_on_disk    # noqa: E402
 from standin import chance, small_tokenizer, validation_examples    # noqa: E402
 from stats import JUMP, chance_to_gain, holm, judge, mcnemar, sign_test    # noqa: E402
@@ -63,7 +63,7 @@ def check_round(folder: Path, run: dict) -> None:
 
 
 def collect(folders: list[Path], out: Path) -> None:
-    """Every finished seed under the folders, as a line of `out` for each arm.
+    """Every finished arm under the folders, as a line of `out` each. (Some rounds are run without Future-Seed.)
 
     ValueError where a run is not as its round says, where two runs claim the same place, where there is no
     run, or where `out` is there.
@@ -71,32 +71,34 @@ def collect(folders: list[Path], out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is there already; name another --out FILE, or move it away")
     arms, places = [], {}
-    for folder in sorted(path for folder in folders for path in folder.glob("*/seed*")):
-        try:
-            both = read_seed(folder)
-        except OSError as error:
-            say(f"note: left out, because it is not finished: {error}")
+    for path in sorted(path for folder in folders for path in folder.glob("*/seed*/*/run.json")):
+        folder = path.parent
+        run = read_run(folder)
+        if run["status"] != "done":
+            say(f"note: {folder} is not finished, and left out")
             continue
-        for arm, run in both.runs.items():
-            check_round(folder / arm, run)
-            settings = run["settings"]
-            line = {"round": run["round"], "seed": run["seed"], "arm": arm, "task": settings["task"],
-                    "order": settings["order"]} | {key: settings[key] for key in AXES}
-            place = tuple(line.values())
-            if place in places:
-                raise ValueError(f"{folder / arm} and {places[place]} are the same arm of the same seed; "
-                                 "collect one of them")
-            places[place] = folder / arm
-            right = np.packbits([scores["acc"] == 1 for _, scores in sorted(both.evaluations[arm].items())])
-            machine = run["history"][-1]["machine"]
-            evaluations = read_records(folder / arm / "records.jsonl")
-            line |= {"acc": {step: mean_of(scores) for step, scores in evaluations.items()},
-                     "questions": len(both.evaluations[arm]), "right": right.tobytes().hex(),
-                     "code": run["history"][-1]["code"],
-                     "machine": f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"}
-            if arm == "prompt_fs":
-                line["controls"] = {control: mean_of(scores) for control, scores in both.controls.items()}
-            arms.append(line)
+        check_round(folder, run)
+        settings = run["settings"]
+        line = {"round": run["round"], "seed": run["seed"], "arm": run["arm"], "task": settings["task"],
+                "order": settings["order"]} | {key: settings[key] for key in AXES}
+        place = tuple(line.values())
+        if place in places:
+            raise ValueError(f"{folder} and {places[place]} are the same arm of the same seed; collect one of "
+                             "them")
+        places[place] = folder
+        evaluations = read_records(folder / "records.jsonl")
+        if run["steps"] not in evaluations:
+            raise ValueError(f"{folder}: no evaluation of its last step, {run['steps']}")
+        last = evaluations[run["steps"]]
+        right = np.packbits([scores["acc"] == 1 for _, scores in sorted(last.items())])
+        machine = run["history"][-1]["machine"]
+        line |= {"acc": {step: mean_of(scores) for step, scores in evaluations.items()},
+                 "questions": len(last), "right": right.tobytes().hex(), "code": run["history"][-1]["code"],
+                 "machine": f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"}
+        if run["arm"] == "prompt_fs":
+            controls = read_records(folder / "controls.jsonl", by="control")
+            line["controls"] = {control: mean_of(scores) for control, scores in controls.items()}
+        arms.append(line)
     if not arms:
         raise ValueError(f"no finished runs in {', '.join(map(str, folders))}")
     lines = ",\n".join(json.dumps(arm, separators=(",", ":")) for arm in arms)

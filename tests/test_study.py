@@ -1,12 +1,14 @@
 """The study's page says what its numbers say."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, refusal
+from fake_runs import write_runs
 from data import Example, collate
 from fs import FutureSeed, answer_logits
 from model import RWKV7, Config
@@ -27,6 +29,33 @@ def test_the_numbers_are_of_one_code():
     assert len({(arm["code"], arm["machine"]) for arm in arms}) == 1
     keys = ("round", "seed", "arm", *study.AXES)
     assert len({tuple(arm[key] for key in keys) for arm in arms}) == len(arms)
+
+
+def test_only_runs_as_registered_are_collected(tmp_path, capsys):
+    """Runs of a round as it stands in rounds.toml, but for the axes of the study, become a file of their own;
+    an arm that was run without the other does too, and what the tables say comes from that file.
+
+    Catches: other settings under a round's name, one of two runs of the same seed chosen without a word, a
+    published file replaced, and a table from the published numbers in place of one's own.
+    """
+    out = tmp_path / "mine.json"
+    folder = write_runs(tmp_path / "one", "S20", seeds=[1, 2], n=8, source="standin", settings={"facts": 16})
+    shutil.rmtree(folder / "seed2" / "prompt_fs")
+    assert study.main(["collect", str(folder.parent), "--out", str(out)]) == 0
+    arms = study.read_results(out)
+    assert [(arm["seed"], arm["arm"], arm["facts"]) for arm in arms] == [
+        (1, "no_fs", 16), (1, "prompt_fs", 16), (2, "no_fs", 16)]
+    before = out.read_bytes()
+    changed = write_runs(tmp_path / "changed", "S20", seeds=[3], n=8, source="standin", settings={"lr": 1e-9})
+    for folders, words in (([folder.parent], "is there already"), ([folder.parent] * 2, "the same arm"),
+                           ([changed.parent], "lr is 0.004"),
+                           ([tmp_path / "nothing"], "no finished runs")):
+        target = out if words == "is there already" else tmp_path / "other.json"
+        arguments = ["collect", *map(str, folders), "--out", str(target)]
+        assert words in refusal(capsys, study.main, arguments)
+    assert out.read_bytes() == before and not (tmp_path / "other.json").exists()
+    assert study.main(["tables", "--results", str(out)]) == 0
+    assert "(registered)" not in capsys.readouterr().out
 
 
 def test_influence_is_what_scaling_an_input_does():
