@@ -63,7 +63,7 @@ def check_round(folder: Path, run: dict) -> None:
 
 
 def collect(folders: list[Path], out: Path) -> None:
-    """Every finished arm under the folders, as a line of `out` each. (Some rounds are run without Future-Seed.)
+    """Every finished arm under the folders, as a line of `out` each. Some rounds have no arm but no_fs.
 
     ValueError where a run is not as its round says, where two runs claim the same place, where there is no
     run, or where `out` is there.
@@ -83,8 +83,8 @@ def collect(folders: list[Path], out: Path) -> None:
                 "order": settings["order"]} | {key: settings[key] for key in AXES}
         place = tuple(line.values())
         if place in places:
-            raise ValueError(f"{folder} and {places[place]} are the same arm of the same seed; collect one of "
-                             "them")
+            raise ValueError(f"{folder} and {places[place]} are the same arm of the same seed; collect one "
+                             "of them")
         places[place] = folder
         evaluations = read_records(folder / "records.jsonl")
         if run["steps"] not in evaluations:
