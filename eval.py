@@ -326,6 +326,8 @@ def report_on_runs(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error told in one line, or 130 when it was stopped."""
     try:
+        # until here a stop has ended the process; from here on it is an exception, which is caught below
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse_arguments(argv)
         if args.ask is None:
             return report_on_runs(args)
@@ -340,5 +342,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

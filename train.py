@@ -638,10 +638,11 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     warnings.showwarning = lambda message, *_: say(f"note: {message}")    # on one line, as all messages
     interrupt = Interrupt()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
     failed = False
     try:
+        # until here a stop has ended the process; from here on it is an exception, which is caught below
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         make_reproducible(device)
         if args.list:
             list_rounds(args.runs)
