@@ -127,10 +127,16 @@ def main():
     show(rows)
     for title, share in curve[task.steps].items():
         print(f"{title:20} {share:6.1%} right after {task.steps} steps")
+    # a model that was trained with seed states may have learned to do without them
+    without = answers(arms["Future-Seed"]._replace(fs=None), test_inputs)
+    off = {score: round(float(share), 4)
+           for score, share in scores(options.task, test_inputs, test_targets, without).items()}
+    for score, share in off.items():
+        print(f"{score + ', Future-Seed':20} {share:6.1%} right with its seed states switched off")
     if options.out:
         answered = {name: said[name][test_targets != SILENT].tolist() for name in arms}
         result = {"task": options.task, "seed": options.seed, "seconds": round(time.time() - began),
-                  "curve": curve, "said": answered}
+                  "curve": curve, "off": off, "said": answered}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result, separators=(",", ":")) + "\n")
 

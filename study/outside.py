@@ -1,7 +1,7 @@
 """Tasks that others made: runs of from_scratch.py into a table and two figures.
 
     python study/from_scratch.py needle --seed 20 --out runs.jsonl    a line a run, both arms in it
-    python study/outside.py collect runs.jsonl COMMIT                 -> outside.json, with code and machine
+    python study/outside.py collect runs.jsonl COMMIT                 adds them to outside.json
     python study/outside.py                                           outside.json -> table and figures
 
 outside.json holds each run's accuracy over its steps and what both arms said to the test at the end. The test
@@ -9,11 +9,13 @@ is not in it: from_scratch.py draws it again. Figures need matplotlib.
 Shapes: S seeds, B sequences in the test, T tokens in a sequence.
 """
 
+import functools
 import json
 import math
 import platform
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,33 +29,49 @@ from stats import holm, judge, sign_test    # noqa: E402
 from tasks import ASK, SILENT, TASKS, comes_later    # noqa: E402
 
 PLAIN, FS = "plain", "Future-Seed"
-PRIMARY = "needle"
-TITLES = {
-    "needle": "needle, question last",
-    "recall": "recall, queries after their pairs (control)",
-    "directional before": "directional, pair before its query",
-    "directional later": "directional, pair after its query",
-    "needle-first": "needle, question first",
-    "intersection": "intersection, long list first",
-    "intersection-short": "intersection, short list first",
-    "needle-both": "needle, question at both ends",
-    "needle-twice": "needle, read twice",
-    "sudoku": "sudoku, whole boards",
-}
+ALL = range(20, 40)
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+    title: str
+    score: str    # a task, and of directional and sudoku which of their two scores
+    seeds: range = ALL
+    registered: bool = False    # as a comparison of its own, whose p-value stands as it is
+
+
+ROWS = [
+    Row("needle, question last (primary), seeds 20 to 29", "needle", range(20, 30), registered=True),
+    Row("needle, question last, seeds 30 to 39", "needle", range(30, 40), registered=True),
+    Row("needle, question last, all twenty", "needle"),
+    Row("needle, question first", "needle-first"),
+    Row("needle, question at both ends", "needle-both"),
+    Row("needle, read twice", "needle-twice"),
+    Row("intersection, long list first", "intersection"),
+    Row("intersection, short list first", "intersection-short"),
+    Row("recall, queries after their pairs (control)", "recall"),
+    Row("directional, pair before its query", "directional before"),
+    Row("directional, pair after its query", "directional later"),
+    Row("sudoku, whole boards", "sudoku boards"),
+    Row("sudoku, cells", "sudoku cells"),
+]
 
 
 def collect(path: Path, commit: str) -> None:
-    """Every run in a file of JSON lines -> outside.json, with the commit that ran it and this machine."""
-    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    seen = [(run["task"], run["seed"]) for run in runs]
-    if len(set(seen)) < len(seen):
-        raise SystemExit(f"{path}: holds a task and seed twice; remove one of the two lines")
+    """Adds every run of a file of JSON lines to outside.json, with the commit that ran it and this machine."""
+    new = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    machine = (f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread, "
+               f"torch {torch.__version__}")
+    runs = read_runs() + [run | {"code": commit, "machine": machine} for run in new]
+    of_run = [(run["task"], run["seed"]) for run in runs]
+    twins = {f"{task} of seed {seed}" for task, seed in of_run if of_run.count((task, seed)) > 1}
+    if twins:
+        raise SystemExit(f"{', '.join(sorted(twins))}: twice in {path} and outside.json; nothing was written")
     order = list(TASKS)
     runs.sort(key=lambda run: (order.index(run["task"]), run["seed"]))
-    origin = {"code": commit, "machine": f"{platform.machine()}, one thread, torch {torch.__version__}"}
-    lines = ",\n".join(json.dumps(run | origin, separators=(",", ":")) for run in runs)
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
     (HERE / "outside.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(f"{len(runs)} runs in {HERE / 'outside.json'}")
+    print(f"{len(new)} runs added to {HERE / 'outside.json'}, which now holds {len(runs)}")
 
 
 def read_runs() -> list[dict]:
@@ -62,6 +80,7 @@ def read_runs() -> list[dict]:
 
 # ---- answers into scores -----------------------------------------------------------------------------------
 
+@functools.cache
 def test_of(task: str) -> tuple[np.ndarray, np.ndarray]:
     """A task's test, as from_scratch.py draws it: inputs and targets (B, T)."""
     return TASKS[task].make(np.random.default_rng(TEST_SEED), TEST, TASKS[task].last)
@@ -83,16 +102,21 @@ def share_right(score: str, run: dict, arm: str) -> np.ndarray:
         counted &= ~comes_later(inputs)
     if score == "directional later":
         counted &= comes_later(inputs)
-    if score == "sudoku":
+    if score == "sudoku boards":
         return (right | ~counted).all(axis=1).astype(float)
     has_any = counted.any(axis=1)
     return ((right & counted).sum(axis=1) / counted.sum(axis=1).clip(min=1))[has_any]
 
 
-def differences(score: str, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Both arms' share right, (S, B) each, of the runs with this score, in the order of their seeds."""
-    own = [run for run in runs if run["task"] == score.split()[0]]
-    return tuple(np.array([share_right(score, run, arm) for run in own]) for arm in (PLAIN, FS))
+def of_row(row: Row, runs: list[dict]) -> list[dict]:
+    """The runs of this row, in the order of their seeds."""
+    return [run for run in runs if run["task"] == row.score.split()[0] and run["seed"] in row.seeds]
+
+
+def both_arms(row: Row, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Both arms' share right in a row's runs, (S, B) each."""
+    own = of_row(row, runs)
+    return tuple(np.array([share_right(row.score, run, arm) for run in own]) for arm in (PLAIN, FS))
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -102,30 +126,48 @@ def in_short(values) -> str:
     return f"{np.median(values):.3f}, {min(values):.3f}, {reached} of {len(values)}"
 
 
+def in_curve(score: str) -> str:
+    """A score's name in the curves of from_scratch.py."""
+    return score.partition(" ")[2] or "right"
+
+
+def halfway(row: Row, runs: list[dict], arm: str) -> str:
+    """The median over seeds of the step at which the curve is first at 0.5 or more."""
+    title = f"{in_curve(row.score)}, {arm}"
+    steps = []
+    for run in of_row(row, runs):
+        reached = [int(step) for step, shares in run["curve"].items() if shares[title] >= 0.5]
+        steps.append(min(reached, default=math.inf))
+    median = np.median(steps)
+    if math.isinf(median):
+        return "never"
+    return f"{median:.0f}"
+
+
 def table(runs: list[dict]) -> str:
-    """A row a score: both arms, the verdict on the typical seed, the sign test."""
-    rows, p_values = [], []
-    for score, title in TITLES.items():
-        plain, with_fs = differences(score, runs)
-        if len(plain) == 0:
-            continue
+    """Both arms, the verdict on the typical seed and the sign test, for each row that has runs."""
+    rows = [row for row in ROWS if of_row(row, runs)]
+    lines, p_values = [], []
+    for row in rows:
+        plain, with_fs = both_arms(row, runs)
         x = with_fs - plain
         deltas = x.mean(axis=1)
         verdict, low, high = judge(x)
-        rows.append([title, in_short(plain.mean(axis=1)), in_short(with_fs.mean(axis=1)),
-                     f"{np.median(deltas):+.3f} [{low:+.3f}, {high:+.3f}]: **{verdict}**",
-                     f"{(deltas > 0).sum()} and {(deltas < 0).sum()}"])
+        lines.append([row.title, in_short(plain.mean(axis=1)), in_short(with_fs.mean(axis=1)),
+                      f"{np.median(deltas):+.3f} [{low:+.3f}, {high:+.3f}]: **{verdict}**",
+                      f"{(deltas > 0).sum()} and {(deltas < 0).sum()}",
+                      f"{halfway(row, runs, PLAIN)}, {halfway(row, runs, FS)}"])
         p_values.append(sign_test(deltas))
-    # the primary comparison was registered as one test; the others are corrected for their number
-    others = iter(holm(p_values[1:]))
-    for place, row in enumerate(rows):
-        if place == 0:
-            row.append(f"{p_values[0]:.2g} (registered)")
+    # what was not registered as a comparison of its own is corrected for the number of such rows
+    corrected = iter(holm([p for row, p in zip(rows, p_values) if not row.registered]))
+    for row, line, p_value in zip(rows, lines, p_values):
+        if row.registered:
+            line.append(f"{p_value:.2g} (registered)")
         else:
-            row.append(f"{next(others):.2g}")
+            line.append(f"{next(corrected):.2g}")
     head = ["task", "plain: median, lowest, at 0.95 or more", "Future-Seed", "difference of the typical seed",
-            "seeds that gain and lose", "sign test, p (Holm)"]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+            "seeds that gain and lose", "steps to 0.5, median: plain, Future-Seed", "sign test, p (Holm)"]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
 def wrong_answers(runs: list[dict], arm: str) -> dict[str, float]:
@@ -176,25 +218,24 @@ def draw_curves(panel, runs: list[dict], task: str, score: str) -> None:
 
 def draw_all(runs: list[dict]) -> None:
     from matplotlib.figure import Figure
-    scored = {"needle": "right", "recall": "right", "directional": "later", "needle-first": "right",
-              "intersection": "right", "intersection-short": "right", "needle-both": "right",
-              "needle-twice": "right", "sudoku": "boards"}
-    ran = [task for task in scored if any(run["task"] == task for run in runs)]
+    # a panel a task; of directional the half that a causal model cannot do, of sudoku the cells
+    panels = {row.score.split()[0]: row.title for row in ROWS}
+    shown = {"directional": "later", "sudoku": "cells"}
+    ran = [task for task in panels if any(run["task"] == task for run in runs)]
     rows = math.ceil(len(ran) / 3)
     figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, sharey=True, squeeze=False).flat
-    for task, panel in zip(ran, panels):    # in this order, or zip would take a panel too many
-        draw_curves(panel, runs, task, scored[task])
+    axes = figure.subplots(rows, 3, sharey=True, squeeze=False).flatten()
+    for place, task in enumerate(ran):
+        draw_curves(axes[place], runs, task, shown.get(task, "right"))
         count = sum(run["task"] == task for run in runs)
-        title = TITLES.get(task, TITLES["directional later"]).removesuffix(" (control)")
-        panel.set_title(f"{title}\n{count} seeds", fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.set_xlabel("steps", fontsize=7)
-    for panel in panels:    # places that no task takes
+        title = panels[task].removesuffix(" (control)").removesuffix(", all twenty")
+        axes[place].set_title(f"{title}\n{count} seeds", fontsize=8)
+        axes[place].tick_params(labelsize=7)
+        axes[place].set_xlabel("steps", fontsize=7)
+    for panel in axes[len(ran):]:
         panel.set_axis_off()
     figure.supylabel("share right", fontsize=8)
-    labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*labels, fontsize=8, loc="outside upper center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(HERE / "outside.png", dpi=110)
 
 

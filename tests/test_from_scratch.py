@@ -155,8 +155,11 @@ def test_only_future_seed_lets_a_word_that_comes_later_change_an_answer():
 def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch, capsys):
     """A short run prints a table and both models' answers, and writes what they said, in the targets' order.
 
-    Catches: an option that is read and not used, answers of one arm under the other's name.
+    Catches: an option that is read and not used, answers of one arm under the other's name, seed states that
+    were not switched off, or were in another model than the one that was trained with them.
     """
+    asked, answers = [], from_scratch.answers
+    monkeypatch.setattr(from_scratch, "answers", lambda arm, inputs: asked.append(arm) or answers(arm, inputs))
     short = TASKS["recall"]._replace(last=3, steps=10)
     monkeypatch.setitem(TASKS, "recall", short)
     monkeypatch.setattr(from_scratch, "TEST", 64)
@@ -171,4 +174,9 @@ def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch,
     for arm in ("plain", "Future-Seed"):
         right = np.mean(np.array(run["said"][arm]) == targets[targets != SILENT])
         assert run["curve"]["10"][f"right, {arm}"] == pytest.approx(right, abs=1e-4)
-    assert "[" in capsys.readouterr().out
+    switched_off, trained = asked[-1], next(arm for arm in asked if arm.fs)
+    assert switched_off.fs is None and switched_off.model is trained.model
+    right = (answers(switched_off, inputs) == targets)[targets != SILENT].mean()
+    assert run["off"]["right"] == pytest.approx(right, abs=1e-4)
+    out = capsys.readouterr().out
+    assert "[" in out and "switched off" in out
