@@ -58,7 +58,7 @@ ROWS = [
 
 
 def collect(path: Path, commit: str) -> None:
-    """Adds every run of a file of JSON lines to outside.json, with the commit that ran it and this machine."""
+    """Adds the runs of a file of JSON lines to outside.json, with the commit and machine that ran them."""
     new = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     machine = (f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread, "
                f"torch {torch.__version__}")

@@ -159,7 +159,12 @@ def test_one_command_trains_both_models_and_writes_a_line(tmp_path, monkeypatch,
     were not switched off, or were in another model than the one that was trained with them.
     """
     asked, answers = [], from_scratch.answers
-    monkeypatch.setattr(from_scratch, "answers", lambda arm, inputs: asked.append(arm) or answers(arm, inputs))
+
+    def noting(arm, inputs):
+        asked.append(arm)
+        return answers(arm, inputs)
+
+    monkeypatch.setattr(from_scratch, "answers", noting)
     short = TASKS["recall"]._replace(last=3, steps=10)
     monkeypatch.setitem(TASKS, "recall", short)
     monkeypatch.setattr(from_scratch, "TEST", 64)

@@ -29,7 +29,7 @@ def test_the_studys_page_repeats_the_table():
     """
     first_page = (ROOT / "study" / "README.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in outside.table(RUNS).splitlines()[2:]]
-    short = re.search(r"^\| ten seeds.*?(?=^\n)|^\| median of.*?(?=^\n)", first_page, re.M | re.S)[0]
+    short = re.search(r"^\| median over seeds.*?(?=^\n)", first_page, re.M | re.S)[0]
     assert len(short.splitlines()) - 2 == len(rows)
     for line, row in zip(short.splitlines()[2:], rows):
         for number in (row[1].split(",")[0], row[2].split(",")[0], row[3].split(":")[0]):
@@ -71,7 +71,7 @@ def test_new_runs_are_added_and_none_is_replaced(tmp_path, monkeypatch):
 def test_wrong_answers_are_sorted_by_whose_thing_they_are(monkeypatch):
     """One text, three answers: a neighbour's thing, another pair's, and a thing that is nowhere in the text.
 
-    Catches: a neighbour in the text that is a query taken for a pair, the pair itself counted as its neighbour.
+    Catches: a query beside the right pair taken for a pair, the right pair counted as its own neighbour.
     """
     n1, n2, n3, n4 = 10, 11, 12, 13
     t1, t2, t3, t4, nowhere = 80, 81, 82, 83, 90
@@ -80,7 +80,7 @@ def test_wrong_answers_are_sorted_by_whose_thing_they_are(monkeypatch):
     targets[0, [1, 3, 5, 13]] = [t1, t2, t3, t4]
     assert comes_later(inputs)[0].nonzero()[0].tolist() == [1, 3, 5]
     monkeypatch.setattr(outside, "test_of", lambda task: (inputs, targets))
-    # of n1 a neighbour is t2; of n2 another pair is t4; t4's own query stands behind its pair and is not counted
+    # t2 is of a neighbour of n1's pair, t4 of no neighbour of n2's; n4's query is not counted
     run = {"task": "directional", "said": {"plain": [t2, t4, nowhere, nowhere]}}
     shares = outside.wrong_answers([run], "plain")
     assert (shares["beside"], shares["another"], shares["none"], shares["wrong"]) == (

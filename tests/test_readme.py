@@ -15,7 +15,7 @@ import train
 from rounds import expand, load_rounds
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "ROUNDS.md", "study/README.md")]
+PAGES = [path.read_text("utf-8") for folder in (".", "study") for path in ROOT.glob(f"{folder}/*.md")]
 
 
 def test_your_own_questions_run_as_written(tmp_path):
