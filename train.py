@@ -532,8 +532,8 @@ def make_reproducible(device: torch.device) -> None:
     # else every new tensor is filled first, and nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # and the same bits on other machines: sums in AVX-512 end in other bits, and after 250 steps these
-        # have become another model
+        # sums in AVX-512 end in other bits, and after 250 steps these have become another model. AVX2 for all
+        # keeps processors of one maker alike; an Intel and an AMD processor still differ (study/LOG.md)
         os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
                        "ONEDNN_MAX_CPU_ISA": "AVX2"}    # read at the libraries' first operation
 

@@ -2,7 +2,7 @@
 
     python study/from_scratch.py needle --seed 20 --out runs.jsonl    a line a run, both arms in it
     python study/outside.py collect runs.jsonl COMMIT                 adds them to outside.json
-    python study/outside.py                                           outside.json -> table and figures
+    python study/outside.py                                           outside.json -> tables and figures
 
 outside.json holds each run's accuracy over its steps and what both arms said to the test at the end. The test
 is not in it: from_scratch.py draws it again. Figures need matplotlib.
@@ -25,18 +25,18 @@ sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
 from from_scratch import TEST, TEST_SEED    # noqa: E402
+from files import atomic_write    # noqa: E402
 from stats import holm, judge, sign_test    # noqa: E402
 from tasks import ASK, SILENT, TASKS, comes_later    # noqa: E402
 
 PLAIN, FS = "plain", "Future-Seed"
-ALL = range(20, 40)
 
 
 class Row(NamedTuple):
     """A row of the table."""
     title: str
     score: str    # a task, and of directional and sudoku which of their two scores
-    seeds: range = ALL
+    seeds: range = range(20, 40)
     registered: bool = False    # as a comparison of its own, whose p-value stands as it is
 
 
@@ -58,7 +58,10 @@ ROWS = [
 
 
 def collect(path: Path, commit: str) -> None:
-    """Adds the runs of a file of JSON lines to outside.json, with the commit and machine that ran them."""
+    """Adds the runs of a file of JSON lines to outside.json, as run by this commit on this machine.
+
+    SystemExit where a seed of a task is there already; then outside.json stays as it is.
+    """
     new = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     machine = (f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread, "
                f"torch {torch.__version__}")
@@ -70,7 +73,8 @@ def collect(path: Path, commit: str) -> None:
     order = list(TASKS)
     runs.sort(key=lambda run: (order.index(run["task"]), run["seed"]))
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
-    (HERE / "outside.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    with atomic_write(HERE / "outside.json", "w") as file:
+        file.write(f"[\n{lines}\n]\n")
     print(f"{len(new)} runs added to {HERE / 'outside.json'}, which now holds {len(runs)}")
 
 
@@ -144,8 +148,11 @@ def halfway(row: Row, runs: list[dict], arm: str) -> str:
     return f"{median:.0f}"
 
 
-def table(runs: list[dict]) -> str:
-    """Both arms, the verdict on the typical seed and the sign test, for each row that has runs."""
+def table(runs: list[dict], columns: int | None = None) -> str:
+    """Both arms, the verdict on the typical seed and the sign test, for each row that has runs.
+
+    With `columns`, only so many of the columns, from the left.
+    """
     rows = [row for row in ROWS if of_row(row, runs)]
     lines, p_values = [], []
     for row in rows:
@@ -167,7 +174,7 @@ def table(runs: list[dict]) -> str:
             line.append(f"{next(corrected):.2g}")
     head = ["task", "plain: median, lowest, at 0.95 or more", "Future-Seed", "difference of the typical seed",
             "seeds that gain and lose", "steps to 0.5, median: plain, Future-Seed", "sign test, p (Holm)"]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
+    return "".join(f"| {' | '.join(line[:columns])} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
 def wrong_answers(runs: list[dict], arm: str) -> dict[str, float]:
@@ -218,24 +225,22 @@ def draw_curves(panel, runs: list[dict], task: str, score: str) -> None:
 
 def draw_all(runs: list[dict]) -> None:
     from matplotlib.figure import Figure
-    # a panel a task; of directional the half that a causal model cannot do, of sudoku the cells
-    panels = {row.score.split()[0]: row.title for row in ROWS}
-    shown = {"directional": "later", "sudoku": "cells"}
-    ran = [task for task in panels if any(run["task"] == task for run in runs)]
-    rows = math.ceil(len(ran) / 3)
+    # a panel a task. Of a task with several rows it shows the last one: all twenty seeds of needle, the half
+    # of directional that a causal model cannot do, the cells of sudoku
+    shown = {row.score.split()[0]: row for row in ROWS if of_row(row, runs)}
+    rows = math.ceil(len(shown) / 3)
     figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, sharey=True, squeeze=False).flatten()
-    for place, task in enumerate(ran):
-        draw_curves(axes[place], runs, task, shown.get(task, "right"))
-        count = sum(run["task"] == task for run in runs)
-        title = panels[task].removesuffix(" (control)").removesuffix(", all twenty")
-        axes[place].set_title(f"{title}\n{count} seeds", fontsize=8)
-        axes[place].tick_params(labelsize=7)
-        axes[place].set_xlabel("steps", fontsize=7)
-    for panel in axes[len(ran):]:
+    panels = figure.subplots(rows, 3, sharey=True, squeeze=False).flatten()
+    for place, (task, row) in enumerate(shown.items()):
+        draw_curves(panels[place], runs, task, in_curve(row.score))
+        title = row.title.removesuffix(" (control)").removesuffix(", all twenty")
+        panels[place].set_title(f"{title}\n{len(of_row(row, runs))} seeds", fontsize=8)
+        panels[place].tick_params(labelsize=7)
+        panels[place].set_xlabel("steps", fontsize=7)
+    for panel in panels[len(shown):]:
         panel.set_axis_off()
     figure.supylabel("share right", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(HERE / "outside.png", dpi=110)
 
 
@@ -271,6 +276,7 @@ if __name__ == "__main__":
     else:
         results = read_runs()
         print(table(results))
+        print(table(results, columns=4))
         if any(run["task"] == "directional" for run in results):
             for arm in (PLAIN, FS):
                 print(f"wrong answers, {arm}:", wrong_answers(results, arm))

@@ -1,7 +1,6 @@
 """study/outside.py: runs become one file, and the pages say what that file says."""
 
 import json
-import re
 import sys
 
 import numpy as np
@@ -23,17 +22,11 @@ def test_the_table_is_that_of_the_numbers():
 
 
 def test_the_studys_page_repeats_the_table():
-    """Each row of the study's short table has the medians, the difference and the verdict of the long one.
+    """The study's own page has the first columns of the table: both arms, the difference and the verdict.
 
     Catches: one page brought up to date and the other forgotten.
     """
-    first_page = (ROOT / "study" / "README.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in outside.table(RUNS).splitlines()[2:]]
-    short = re.search(r"^\| median over seeds.*?(?=^\n)", first_page, re.M | re.S)[0]
-    assert len(short.splitlines()) - 2 == len(rows)
-    for line, row in zip(short.splitlines()[2:], rows):
-        for number in (row[1].split(",")[0], row[2].split(",")[0], row[3].split(":")[0]):
-            assert number in line, (number, line)
+    assert outside.table(RUNS, columns=4) in (ROOT / "study" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("row", outside.ROWS, ids=lambda row: row.title)
