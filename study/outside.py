@@ -1,4 +1,4 @@
-"""Tasks that others made: runs of from_scratch.py into a table and two figures.
+"""Tasks that others made: runs of from_scratch.py into two tables and two figures.
 
     python study/from_scratch.py needle --seed 20 --out runs.jsonl    a line a run, both arms in it
     python study/outside.py collect runs.jsonl COMMIT                 adds them to outside.json
